@@ -14,23 +14,9 @@ if TYPE_CHECKING:
     from mlx_fd.errors import UserError
     from mlx_fd.feedback.judge import Judge, Judgement, give_feedback, open_student
     from mlx_fd.feedback.pair import Pair, load_pair
-    from mlx_fd.losses.divergence import (
-        Target,
-        TopK,
-        fused_linear_divergence,
-        fused_linear_divergences,
-        teacher_top_k,
-    )
-    from mlx_fd.runs.events import (
-        BatchDone,
-        Event,
-        Note,
-        Probed,
-        Probing,
-        Started,
-        Step,
-        Warned,
-    )
+    from mlx_fd.losses.divergence import Target, fused_linear_divergence, fused_linear_divergences
+    from mlx_fd.losses.teacher import TopK, teacher_top_k
+    from mlx_fd.runs.events import BatchDone, Event, Note, Probed, Probing, Started, Step, Warned
     from mlx_fd.training.session import RunResult, resume_run, run_loop
 
 # Before anything imports MLX, whose BLAS symbols bind once.
@@ -69,11 +55,10 @@ _MODULES = {
     "mlx_fd.feedback.pair": ("Pair", "load_pair"),
     "mlx_fd.losses.divergence": (
         "Target",
-        "TopK",
         "fused_linear_divergence",
         "fused_linear_divergences",
-        "teacher_top_k",
     ),
+    "mlx_fd.losses.teacher": ("TopK", "teacher_top_k"),
     "mlx_fd.runs.events": (
         "BatchDone",
         "Event",

@@ -47,8 +47,8 @@ _UNTRAINED: dict[int, str] = {}
 def run_arm(arm: str, seed: int, seconds: float) -> Row:
     """An arm's run and what its student answered on the way."""
     from mlx_fd.runs.plan import configuration
+    from mlx_fd.training.planning import plan_of
     from mlx_fd.training.selfdistill.methods import configured
-    from mlx_fd.training.session import plan_of
 
     changes = {"seed": seed, "episodes": EPISODES, "exam_size": 0, "gate": "always"}
     if arm == "loop":

@@ -105,7 +105,7 @@ def bare(folder: Path) -> dict[str, float]:
     from mlx_fd.config import read
     from mlx_fd.feedback.distill import make_optimizer
     from mlx_fd.feedback.pair import open_pair
-    from mlx_fd.training.session import plan_of
+    from mlx_fd.training.planning import plan_of
 
     plan = plan_of(read(folder / "config.toml"))
     pair, size = open_pair(plan), plan.config.generation.batch_size

@@ -5,9 +5,12 @@ python scripts/make_reference.py --check    # fails where it is not up to date
 """
 
 import argparse
+import importlib
 import inspect
+import pkgutil
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, is_typeddict
 
@@ -15,9 +18,12 @@ import click
 
 from mlx_fd.cli.app import cli
 from mlx_fd.cli.options import ConfiguredCommand
-from mlx_fd.config import MAX_COUNT, OPTIONS, PRESETS, Option
+from mlx_fd.config import OPTIONS, PRESETS, Option
+from mlx_fd.config.fields import MAX_COUNT
 from mlx_fd.registry import REGISTRIES
 from mlx_fd.runs import records
+from mlx_fd.runs.records.files import FILES
+from mlx_fd.runs.records.manifest import SCHEMA_VERSION
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 
@@ -58,10 +64,17 @@ def documented(record: type) -> tuple[str, dict[str, str]]:
     return " ".join(text.split()), {name: " ".join(meaning.split()) for name, meaning in found}
 
 
+@cache
+def declared() -> list[Any]:
+    """All that the modules of the package of records define."""
+    modules = [info.name for info in pkgutil.iter_modules(records.__path__, f"{records.__name__}.")]
+    return [value for name in modules for value in vars(importlib.import_module(name)).values()]
+
+
 def meanings(record: type) -> tuple[str, dict[str, str]]:
     """What a record is, and each field's meaning; that of a base's field is the base's."""
     fields: dict[str, str] = {}
-    for base in vars(records).values():
+    for base in declared():
         # At runtime a TypedDict knows no base: it has all of its fields, with their types.
         if (
             is_typeddict(base)
@@ -145,11 +158,11 @@ def page() -> str:
         "",
         "## Files",
         "",
-        "Every row and file is JSON. The types are those of `mlx_fd/runs/records.py`; the "
-        f"manifest's `schema_version` is {records.SCHEMA_VERSION}, and runs with another one are "
+        "Every row and file is JSON. The types are those of `mlx_fd/runs/records/`; the "
+        f"manifest's `schema_version` is {SCHEMA_VERSION}, and runs with another one are "
         "refused.",
     ]
-    for name, found in records.FILES.items():
+    for name, found in FILES.items():
         lines += ["", f"### {name}"]
         for record in found:
             lines += record_lines(record)

@@ -60,7 +60,7 @@ from mlx_fd.files import write_atomic  # noqa: E402
 from mlx_fd.problems import arithmetic, load  # noqa: E402
 from mlx_fd.problems.files import load_answers  # noqa: E402
 from mlx_fd.runs.checked import read_checked  # noqa: E402
-from mlx_fd.training.session import new_folder  # noqa: E402
+from mlx_fd.training.planning import new_folder  # noqa: E402
 from support import ROOT  # noqa: E402
 
 WEIGHTS = ("adapters.safetensors", "heads.safetensors", "optimizer.safetensors")

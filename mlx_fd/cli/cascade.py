@@ -14,7 +14,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.cascade.scores import ANSWER, SCORES
 
 if TYPE_CHECKING:
-    from mlx_fd.runs.records import CascadeFile
+    from mlx_fd.runs.records.cascade import CascadeFile
 
 _LIMIT = 500
 _SHARE = Number(0, 1, min_open=True, max_open=True)

@@ -20,7 +20,8 @@ from mlx_fd.cli.options import (
     with_configuration,
 )
 from mlx_fd.cli.run_command import begin
-from mlx_fd.config import CONTINUOUS, OPTIONS, PRESETS
+from mlx_fd.config import OPTIONS, PRESETS
+from mlx_fd.config.fields import CONTINUOUS
 from mlx_fd.runs.tracking import check_installed
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_fd.config import MAX_COUNT, MAX_SEED, OPTIONS, Option, Words, names_of
+from mlx_fd.config import OPTIONS, Option
+from mlx_fd.config.fields import MAX_COUNT, MAX_SEED, Words, names_of
 from mlx_fd.errors import UserError
 from mlx_fd.registry import KINDS
 from mlx_fd.runs.tracking import TRACKERS

@@ -16,7 +16,7 @@ from mlx_fd.registry import LOSSES
 
 if TYPE_CHECKING:
     from mlx_fd.config import Config
-    from mlx_fd.runs.records import ParetoFile, ParetoPointRow
+    from mlx_fd.runs.records.pareto import ParetoFile, ParetoPointRow
 
 
 @click.command(

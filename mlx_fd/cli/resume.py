@@ -6,13 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_fd.cli.options import (
-    PathType,
-    debug_option,
-    json_option,
-    quiet_option,
-    track_option,
-)
+from mlx_fd.cli.options import PathType, debug_option, json_option, quiet_option, track_option
 from mlx_fd.cli.run_command import run_command
 from mlx_fd.runs.tracking import check_installed
 
@@ -61,7 +55,7 @@ def resume(
     check_installed(trackers)
     from mlx_fd.problems import execution
     from mlx_fd.runs.mirror import own_folder
-    from mlx_fd.training.session import resumed_plan
+    from mlx_fd.training.planning import resumed_plan
 
     if allowed:
         execution.allow()

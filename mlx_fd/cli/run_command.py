@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_fd.cli.signals import Stopped, stopping_on_signals
-from mlx_fd.config import CONTINUOUS
+from mlx_fd.config.fields import CONTINUOUS
 from mlx_fd.models import ranks
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def begin(
         quiet: warnings and the result only.
     """
     from mlx_fd.runs.mirror import own_folder
-    from mlx_fd.training.session import new_folder, new_plan
+    from mlx_fd.training.planning import new_folder, new_plan
 
     with contextlib.ExitStack() as stack:
         folder = out or stack.enter_context(new_folder())

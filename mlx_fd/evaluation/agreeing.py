@@ -24,7 +24,7 @@ from mlx_fd.feedback.stages import verdict_score
 from mlx_fd.feedback.turns import expert_feedback, student_feedback
 from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.runs.checked import content_digest
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 _VERDICTS = {True: "good", False: "not good"}
 

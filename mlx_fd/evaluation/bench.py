@@ -42,6 +42,7 @@ _CODE = (
     "mlx_fd.models.generation",
     "mlx_fd.models.template_sandbox",
     "mlx_fd.models.thinking",
+    "mlx_fd.models.tokenizer",
     "mlx_fd.models.speculative",
     "mlx_fd.models.stepping",
     "mlx_fd.models.writing",

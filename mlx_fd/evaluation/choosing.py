@@ -30,7 +30,7 @@ from mlx_fd.feedback.turns import student_feedback
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.runs.checked import content_digest
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 HEAD, SURE, WRITTEN = "head", "sure", "written"
 MAJORITY, RANDOM = "majority", "random"

@@ -31,7 +31,8 @@ from mlx_fd.problems.kinds import are_graded, form_of
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.problems.sources import Question, truth_of
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
-from mlx_fd.runs.records import BeforeAfterRow, ExamFile, ExamResultRow
+from mlx_fd.runs.records.exam import ExamFile, ExamResultRow
+from mlx_fd.runs.records.parts import BeforeAfterRow
 
 # The most questions that are answered together.
 _TOGETHER = 32

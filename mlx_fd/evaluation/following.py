@@ -17,7 +17,7 @@ from mlx_fd.evaluation.bench import Bench, Uses
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.writing import Sampling
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 Check = Callable[[str], bool]
 NAME = "instructions with a form"

@@ -13,7 +13,7 @@ from mlx_fd.problems.questions import question_digest, question_key
 from mlx_fd.problems.sources import SOURCES
 from mlx_fd.runs.learned import read_questions
 from mlx_fd.runs.manifest import learned_rows
-from mlx_fd.runs.records import LearnedRow
+from mlx_fd.runs.records.manifest import LearnedRow
 
 DEFAULT_SOURCE = "gsm8k"
 

@@ -19,7 +19,7 @@ from mlx_fd.models.writing import Sampling
 from mlx_fd.problems import prompts, skipped_note
 from mlx_fd.problems.files import json_rows, listed
 from mlx_fd.problems.rows import BadRow, reasons_of
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}
 _FIELDS = ("instruction", "input", "output")

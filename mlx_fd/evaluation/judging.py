@@ -27,7 +27,7 @@ from mlx_fd.models.generation import said
 from mlx_fd.problems import arithmetic, parsing, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.sources import Question
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 LABELS = {
     "student": "Student",

@@ -20,7 +20,7 @@ from mlx_fd.evaluation.processbench import ALL_RIGHT, Item, critique_prompt, f1,
 from mlx_fd.evaluation.sampling import maj_at_k
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.models.writing import Sampling
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 LABELS = {"student": "Student", "expert": "Expert"}
 TOKENS = 2048

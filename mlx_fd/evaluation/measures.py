@@ -11,7 +11,7 @@ import numpy as np
 from mlx_fd.evaluation.calibration import roc_auc, roc_auc_limits
 from mlx_fd.evaluation.processbench import f1, wilson_limits_of_f1
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, mcnemar, mean, paired_bootstrap
-from mlx_fd.runs.records import DifferenceRow
+from mlx_fd.runs.records.evaluation import DifferenceRow
 from mlx_fd.runs.summary import wilson
 
 # Of values whose resamples are all alike.

@@ -10,7 +10,7 @@ from mlx_fd.evaluation.bertscore import bertscore
 from mlx_fd.evaluation.encoder import Encoder, load_encoder
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.toxicity import Judge, load_judge
-from mlx_fd.runs.records import OutputRow
+from mlx_fd.runs.records.evaluation import OutputRow
 
 WORDS = "words"
 

@@ -13,7 +13,8 @@ import numpy as np
 from mlx_fd.evaluation.calibration import brier, roc_auc
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.statistics import Estimate
-from mlx_fd.runs.records import CalibrationBinRow, EpisodeRow, JudgingRow, ReliabilityRow
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.summary import CalibrationBinRow, JudgingRow, ReliabilityRow
 
 BINS = 10
 

@@ -9,7 +9,13 @@ import numpy as np
 from mlx_fd.evaluation.measures import Known, Measure, compare
 from mlx_fd.evaluation.statistics import Estimate, bootstrap, holm, mean
 from mlx_fd.evaluation.suites import Set
-from mlx_fd.runs.records import ComparisonRow, CostsRow, EvaluationSetRow, OutputRow, PairRow
+from mlx_fd.runs.records.evaluation import (
+    ComparisonRow,
+    CostsRow,
+    EvaluationSetRow,
+    OutputRow,
+    PairRow,
+)
 
 
 def results_of(one: Set, by_system: dict[str, list[list[OutputRow]]]) -> EvaluationSetRow:

@@ -25,7 +25,7 @@ from mlx_fd.evaluation.target import Models, Target
 from mlx_fd.files import append_lines, write_atomic, write_json
 from mlx_fd.runs.checked import with_digest
 from mlx_fd.runs.manifest import versions
-from mlx_fd.runs.records import EvaluationFile, OutputRow
+from mlx_fd.runs.records.evaluation import EvaluationFile, OutputRow
 
 OUTPUTS = "outputs.jsonl"
 _UNFINISHED = ".outputs.jsonl.tmp"

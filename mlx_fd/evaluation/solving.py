@@ -30,7 +30,7 @@ from mlx_fd.problems import Problem, parsing, prompts
 from mlx_fd.problems.kinds import are_graded, form_of, is_right, read_final, votes
 from mlx_fd.problems.kinds.text import token_f1
 from mlx_fd.runs.checked import content_digest
-from mlx_fd.runs.records import ItemRow, OutputRow
+from mlx_fd.runs.records.evaluation import ItemRow, OutputRow
 
 
 @dataclass(frozen=True)

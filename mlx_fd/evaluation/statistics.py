@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_fd.runs.records import EstimateRow
+from mlx_fd.runs.records.parts import EstimateRow
 
 Rows = NDArray[np.float64]
 RESAMPLES = 2000

@@ -19,17 +19,14 @@ from mlx_fd.models import fingerprint
 from mlx_fd.models.aliases import ALIASES
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.directory import blaming
-from mlx_fd.models.loading import TEMPLATE_FILE, check_can_think
+from mlx_fd.models.loading import check_can_think
 from mlx_fd.models.pairing import check_pair
 from mlx_fd.models.resolve import resolve, why_changed
-from mlx_fd.models.student import (
-    ADAPTER_WEIGHTS,
-    projection_width,
-    read_trained,
-)
+from mlx_fd.models.student import ADAPTER_WEIGHTS, projection_width, read_trained
+from mlx_fd.models.tokenizer import TEMPLATE_FILE
 from mlx_fd.runs.checked import read_checked
 from mlx_fd.runs.plan import Plan, check_run_memory
-from mlx_fd.runs.records import Manifest
+from mlx_fd.runs.records.manifest import Manifest
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.pair import Pair

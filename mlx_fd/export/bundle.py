@@ -32,7 +32,7 @@ from mlx_fd.problems.prompts import (
     merge_prompt,
     revise_prompt,
 )
-from mlx_fd.runs.records import BundleFile
+from mlx_fd.runs.records.bundle import BundleFile
 
 if TYPE_CHECKING:
     from mlx_fd.models.loading import Loaded

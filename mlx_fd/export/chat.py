@@ -11,16 +11,11 @@ from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.files import write_json
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.directory import ADAPTER_CONFIG
-from mlx_fd.models.loading import (
-    TEMPLATE_FILE,
-    open_tokenizer,
-    read_end_tokens,
-    template_of,
-)
 from mlx_fd.models.published_config import read_config
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.template_sandbox import CLOCK
 from mlx_fd.models.thinking import find
+from mlx_fd.models.tokenizer import TEMPLATE_FILE, open_tokenizer, read_end_tokens, template_of
 
 _TOKENIZER = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
@@ -60,8 +55,8 @@ def carry_template(template: ChatTemplate, base: Path, folder: Path) -> None:
 def _template_of(folder: Path) -> ChatTemplate:
     """A directory's own template: the source that its tokenizer has, the ends that its files name.
 
-    Others that its template ends a turn with (:func:`mlx_fd.models.loading.template_of`) are known
-    to mlx-fd alone.
+    Others that its template ends a turn with (:func:`mlx_fd.models.tokenizer.template_of`) are
+    known to mlx-fd alone.
     """
     tokenizer, _ = open_tokenizer(folder, read_end_tokens(folder))
     own, named = template_of(tokenizer, folder), tuple(sorted(tokenizer.eos_token_ids))

@@ -22,7 +22,7 @@ from mlx_fd.models.resolve import parse_name
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS, read_arrays, read_trained
 from mlx_fd.runs.checked import DIGEST, content_digest
-from mlx_fd.runs.records import Manifest
+from mlx_fd.runs.records.manifest import Manifest
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_fd.losses.divergence import TopK
+from mlx_fd.losses.teacher import TopK
 
 
 class PromptAndTarget(Protocol):

@@ -26,7 +26,7 @@ from mlx_fd.models import metering
 from mlx_fd.models.generation import Writing
 from mlx_fd.models.lanes import Job, open_lane
 from mlx_fd.models.loading import Loaded
-from mlx_fd.models.view import fused
+from mlx_fd.models.merging import fused
 from mlx_fd.models.writing import Drawn, Step, Text, Turn, turn_of
 
 # How many turns a model still has to write of an episode's half from a step on, where it is not 1.

@@ -20,16 +20,18 @@ from mlx_fd.feedback.collate import collate_tokens, concatenate_targets, micro_b
 from mlx_fd.feedback.loss_terms import LOSSES, Forwarded
 from mlx_fd.feedback.pair import Pair
 from mlx_fd.feedback.samples import Batch, OwnTexts, Sample
-from mlx_fd.losses.divergence import Target, TopK, fused_linear_divergences, one_hot, top_k_gap
+from mlx_fd.losses.comparison import top_k_gap
+from mlx_fd.losses.divergence import Target, fused_linear_divergences
+from mlx_fd.losses.teacher import TopK, one_hot
 from mlx_fd.models import metering, ranks
 from mlx_fd.models.attention_taps import LOG_ZERO
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.lora import dropping
+from mlx_fd.models.merging import merged
 from mlx_fd.models.onward import keeping
 from mlx_fd.models.student import Student, parameter_group
 from mlx_fd.models.thinking import shared_length
-from mlx_fd.models.view import merged
-from mlx_fd.runs.records import TopKRow
+from mlx_fd.runs.records.summary import TopKRow
 
 _FLOAT16_SCALE = 1024.0
 

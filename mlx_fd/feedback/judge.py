@@ -22,14 +22,7 @@ from mlx_fd.models.context import Surroundings, context_length, too_long
 from mlx_fd.models.conversation import Conversation, prefill, without_repeated_eos
 from mlx_fd.models.directory import ADAPTER_CONFIG, blaming
 from mlx_fd.models.generation import replied, said
-from mlx_fd.models.loading import (
-    Loaded,
-    check_can_think,
-    load,
-    open_template,
-    template_beside,
-    with_thinking,
-)
+from mlx_fd.models.loading import Loaded, check_can_think, load, with_thinking
 from mlx_fd.models.resolve import resolve, why_changed
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
@@ -43,13 +36,14 @@ from mlx_fd.models.student import (
     read_trained,
 )
 from mlx_fd.models.thinking import NOT_THINKING, ThinkingOptions, switched
+from mlx_fd.models.tokenizer import open_template, template_beside
 from mlx_fd.models.writing import GenerateOptions, Sampling
 from mlx_fd.problems.kinds import KINDS
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt
 from mlx_fd.runs.checked import content_digest
 from mlx_fd.runs.checkpoints import check_weights
 from mlx_fd.runs.manifest import trained_template
-from mlx_fd.runs.records import Manifest
+from mlx_fd.runs.records.manifest import Manifest
 
 
 @dataclass(frozen=True)

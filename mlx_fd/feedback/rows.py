@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_fd.feedback.stages import Finished, Judged, StudentFeedback
 from mlx_fd.problems.prompts import Answer
-from mlx_fd.runs.records import (
+from mlx_fd.runs.records.episodes import (
     AnswerRow,
     EpisodeRow,
     ExpertFeedbackRow,
@@ -16,8 +16,8 @@ from mlx_fd.runs.records import (
     StudentFeedbackRow,
     VerdictRow,
     accepted_columns,
-    thought_columns,
 )
+from mlx_fd.runs.records.parts import thought_columns
 
 
 def episode_row(

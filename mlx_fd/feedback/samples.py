@@ -22,12 +22,12 @@ from mlx_fd.feedback.turns import student_prompt
 from mlx_fd.feedback.two_tokenizers import same_tokens, to_expert, to_student
 from mlx_fd.losses.answer import answer_mask, answer_span
 from mlx_fd.losses.attention import head_mean
-from mlx_fd.losses.divergence import TopK, teacher_top_k
 from mlx_fd.losses.graph import pool
 from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.hidden import aligned_layers
 from mlx_fd.losses.reasoning import step_weights
 from mlx_fd.losses.spans import token_spans
+from mlx_fd.losses.teacher import TopK, teacher_top_k
 from mlx_fd.models import metering, ranks
 from mlx_fd.models.attention_taps import log_attention, only
 from mlx_fd.models.backend import backend
@@ -39,7 +39,7 @@ from mlx_fd.models.view import block_attention
 from mlx_fd.problems import Problem, prompts
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.runs.checked import content_digest
-from mlx_fd.runs.records import SampleRow
+from mlx_fd.runs.records.episodes import SampleRow
 
 # Of the expert's distribution over tokens that both models have; the rest is one more outcome.
 _SHARED_TOP_K = 256

@@ -4,7 +4,7 @@ Where expert and student have different tokenizers, each reads the conversation 
 writes it, and what the other one wrote as text. The distributions of the two can be compared only
 where both write the next characters with a token of their own that is the same: there both predict
 the same thing from the same text. The outcomes are the tokens that both have, and all others
-together (:class:`mlx_fd.losses.divergence.TopK`).
+together (:class:`mlx_fd.losses.teacher.TopK`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from mlx_fd.feedback.stages import ExpertFeedback, Judged
 from mlx_fd.feedback.turns import write_expert_feedback
 from mlx_fd.models.conversation import rewind, without_repeated_eos
 from mlx_fd.problems.prompts import privileged_feedback_prompt
-from mlx_fd.runs.records import ExpertFeedbackRow, VerdictRow
+from mlx_fd.runs.records.episodes import ExpertFeedbackRow, VerdictRow
 
 STEP = "privileged_feedback"
 

@@ -2,7 +2,7 @@
 
 A student knows one way of writing a chat: that in which it was trained, which is its expert's. So
 the template is no property of a directory here: :class:`ChatTemplate` is read from one once
-(:func:`mlx_fd.models.loading.open_template`), with what else decides what it writes (the special
+(:func:`mlx_fd.models.tokenizer.open_template`), with what else decides what it writes (the special
 tokens it names, the user's further variables, the day it may print), is kept by the run, and is
 what everything after the training writes its prompts with.
 """

@@ -10,7 +10,6 @@ from pathlib import Path
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.directory import CONFIG
-from mlx_fd.models.loading import open_template
 from mlx_fd.models.published_config import (
     ignored_window,
     language_part,
@@ -18,6 +17,7 @@ from mlx_fd.models.published_config import (
     short_text_length,
     text_config,
 )
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.models.tokenizer_file import read_tokenizer
 from mlx_fd.problems import ProblemSet
 from mlx_fd.problems.prompts import answer_prompt, feedback_prompt

@@ -23,9 +23,9 @@ from mlx_fd.models import metering
 from mlx_fd.models.chat_template import check_conversation
 from mlx_fd.models.conversation import Conversation, Mark, can_be_cut_back, prefill, rewind
 from mlx_fd.models.loading import Loaded
+from mlx_fd.models.merging import fused
 from mlx_fd.models.stepping import in_step
 from mlx_fd.models.thinking import Thinking, shared_length
-from mlx_fd.models.view import fused
 from mlx_fd.models.writing import DEFAULTS, GenerateOptions, Sampling, Text, Turn, write
 from mlx_fd.problems.thoughts import split
 

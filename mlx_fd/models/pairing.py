@@ -86,7 +86,7 @@ class _Side:
 
 
 def _open(role: str, path: Path, kwargs: Mapping[str, Any], date: str) -> _Side:
-    from mlx_fd.models.loading import open_tokenizer, read_end_tokens, template_of
+    from mlx_fd.models.tokenizer import open_tokenizer, read_end_tokens, template_of
 
     file = path / "tokenizer.json"
     if not file.exists():

@@ -320,8 +320,8 @@ def _check_small_files(path: Path) -> None:
         # Only here: MLX is loaded with it.
         from mlx_fd.models.config_check import check_model
         from mlx_fd.models.layer_kinds import build
-        from mlx_fd.models.loading import open_template
         from mlx_fd.models.published_config import read_config
+        from mlx_fd.models.tokenizer import open_template
         from mlx_fd.models.view import check_blocks
 
         readable = read_config(path)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,34 +19,25 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.attention_taps import Attentions, joined, recorded
-from mlx_fd.models.logit_transform import (
-    DenseLogits,
-    LinearLogits,
-    LogitTransform,
+from mlx_fd.models.attention_taps import Attentions, joined
+from mlx_fd.models.logit_fit import ROUNDING, fit
+from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitTransform
+from mlx_fd.models.stand_ins import (
+    ModulePath,
+    Recorder,
+    Returns,
+    Silent,
+    Tap,
+    hidden_states,
+    module_at,
+    modules,
+    replaced,
 )
-from mlx_fd.models.lora import LoraDropout
 
-# Where a module stands: attributes and indices from the model down to it.
-ModulePath = tuple[str | int, ...]
-
-# Bytes of weights that may be copied for as long as a text is written.
-_COPIED = 64 * 2**20
-# How many products with r (d_in + d_out) numbers LoRA takes for itself, the passes over
-# activations counted in.
-_MERGES = 4
 _PROBE_TOKENS = (1, 2, 3, 5)
 _HEADS = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
-# Largest logits at which a head is tried: a soft cap of up to 100 shows at the last of them, and
-# one that does not would change no logit of real size. Half precision holds 512 and its sums.
-_SIZES = (0.5, 4.0, 32.0, 512.0)
-# A cap is taken to be reached where the product is this many times as large as the logits.
-_SATURATED = 4.0
-# Relative to the largest logit: what rounding makes of a product, a scale and a tanh.
-_ROUNDING = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ class View:
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks, in the order in which they run."""
-        return [_at(self.model, path) for path in self.block_paths]
+        return [module_at(self.model, path) for path in self.block_paths]
 
     @property
     def body(self) -> str | None:
@@ -120,7 +110,7 @@ class View:
         """
         depth = len(self.final_path)
         holds_blocks = all(path[:depth] == self.final_path for path in self.block_paths)
-        call = inspect.signature(type(_at(self.model, self.final_path)).__call__)
+        call = inspect.signature(type(module_at(self.model, self.final_path)).__call__)
         _, _, *further = call.parameters.values()
         alone = all(one.default is not one.empty for one in further if one.name != "cache")
         if self.needs_cache or not holds_blocks or not alone or "cache" not in call.parameters:
@@ -133,7 +123,7 @@ class View:
         """What makes logits of final hidden states."""
         if self.head_path is None:
             return DenseLogits(self.logits, self.rows)
-        return LinearLogits(_at(self.model, self.head_path), self.transform)
+        return LinearLogits(module_at(self.model, self.head_path), self.transform)
 
     @contextmanager
     def finals(self) -> Iterator[list[mx.array]]:
@@ -145,8 +135,8 @@ class View:
     @contextmanager
     def watched(self, tell: Callable[[mx.array], None]) -> Iterator[None]:
         """Tell the final hidden states [B, T, d] of each call of the model, whoever makes it."""
-        recorder = _Recorder(_at(self.model, self.final_path), tell)
-        with _replaced(self.model, {self.final_path: recorder}):
+        recorder = Recorder(module_at(self.model, self.final_path), tell)
+        with replaced(self.model, {self.final_path: recorder}):
             yield
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -203,255 +193,13 @@ class View:
         finals: list[mx.array] = []
         calls: list[Attentions] | None = [] if attention else None
         taps: dict[ModulePath, Any] = {
-            path: _Tap(_at(self.model, path), layers, recompute, calls) for path in self.block_paths
+            path: Tap(module_at(self.model, path), layers, recompute, calls)
+            for path in self.block_paths
         }
-        taps[self.final_path] = _Recorder(_at(self.model, self.final_path), finals.append)
-        with _replaced(self.model, taps):
+        taps[self.final_path] = Recorder(module_at(self.model, self.final_path), finals.append)
+        with replaced(self.model, taps):
             logits = self.model(tokens, cache=cache)
         return Forward(layers, finals[-1], calls or []), logits
-
-
-class _StandIn:
-    """Stands in for a module of a model, and has everything else of it."""
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # Some models ask isinstance of which kind a block is (olmo_hybrid).
-        return type(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._module[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._module
-
-
-class _Tap(_StandIn):
-    """Stands in for a block: calls it, and keeps what came out, and its attention where asked."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        layers: list[mx.array],
-        recompute: bool,
-        attention: list[Attentions] | None = None,
-    ):
-        super().__init__(block)
-        self._call = nn.utils.checkpoint(block) if recompute else block
-        self._layers = layers
-        self._attention = attention
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._layers:
-            self._layers.append(_states((*args, *kwargs.values())))
-        # What a block leaves in a cache for others is lost to a gradient that runs it again.
-        call = self._call if _is_plain((args, kwargs)) else self._module
-        if self._attention is None:
-            out = call(*args, **kwargs)
-        else:
-            with recorded() as calls:
-                out = self._module(*args, **kwargs)
-            self._attention.append(tuple(calls))
-            if call is not self._module:
-                # The gradient of what is run again does not go through what was seen of it; of the
-                # first run no more is computed than queries and keys.
-                out = call(*args, **kwargs)
-        self._layers.append(_states(out))
-        return out
-
-
-class _Recorder(_StandIn):
-    """Stands in for a module: calls it, and tells what came out."""
-
-    def __init__(self, module: nn.Module, tell: Callable[[Any], None]):
-        super().__init__(module)
-        self._tell = tell
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self._module(*args, **kwargs)
-        self._tell(out)
-        return out
-
-
-class _Merged(_StandIn):
-    """Stands in for a linear module with LoRA: one product, differentiable by the matrices."""
-
-    def __init__(self, module: LoRALinear):
-        super().__init__(module)
-        linear = module.linear
-        self._weight = linear.weight + (module.scale * module.lora_b.T) @ module.lora_a.T
-        self._bias = linear.get("bias")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        made: mx.array = x @ self._weight.T
-        return made if self._bias is None else made + self._bias
-
-
-class _Returns(_StandIn):
-    """Stands in for a module: gives what it was told to, whatever it is given."""
-
-    def __init__(self, module: nn.Module, value: mx.array):
-        super().__init__(module)
-        self._value = value
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._value
-
-
-class _Silent(_StandIn):
-    """Stands in for a head: its product is 0, however a model makes it. It still embeds tokens."""
-
-    def __init__(self, module: nn.Module, rows: int):
-        super().__init__(module)
-        self._rows = rows
-
-    def __call__(self, states: mx.array) -> mx.array:
-        embeds = hasattr(self._module, "as_linear")
-        return self._module(states) if embeds else self.as_linear(states)
-
-    def as_linear(self, hidden: mx.array) -> mx.array:
-        return mx.zeros((*hidden.shape[:-1], self._rows), hidden.dtype)
-
-    @property
-    def weight(self) -> mx.array:
-        weight: mx.array = self._module.weight
-        return mx.broadcast_to(mx.zeros((), weight.dtype), weight.shape)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether something is made of arrays and what cannot be changed: no cache is among it."""
-    if isinstance(value, dict):
-        return all(_is_plain(part) for part in value.values())
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(part) for part in value)
-    return value is None or isinstance(value, (mx.array, str, int, float))
-
-
-def _first_array(value: Any) -> mx.array:
-    """An array, or the first one of several: a block may give its state beside its output."""
-    if isinstance(value, mx.array):
-        return value
-    parts = value if isinstance(value, (tuple, list)) else ()
-    found = next((part for part in parts if isinstance(part, mx.array)), None)
-    if found is None:
-        raise TypeError(f"no array in {type(value).__name__}")
-    return found
-
-
-def _states(value: Any) -> mx.array:
-    """The hidden states [B, T, d] in what a block is given or gives.
-
-    Gemma 3n's blocks pass on several streams [n, B, T, d], of which the first is the one that
-    predicts; transformers gives the same for its hidden states.
-    """
-    found = _first_array(value)
-    return found[0] if found.ndim == 4 else found
-
-
-def _at(model: nn.Module, path: ModulePath) -> Any:
-    part: Any = model
-    for key in path:
-        part = part[key]
-    return part
-
-
-@contextmanager
-def _replaced(model: nn.Module, stand_ins: Mapping[ModulePath, Any]) -> Iterator[None]:
-    """Other things in place of some modules, for a while.
-
-    A module is a dictionary: its entries are set as such, to keep their order and leave alone what
-    ``nn.Module`` does where an attribute is set.
-    """
-    holders = [(_at(model, path[:-1]), path[-1]) for path in stand_ins]
-    before = [
-        dict.get(holder, key) if isinstance(holder, dict) else holder[key]
-        for holder, key in holders
-    ]
-    try:
-        for (holder, key), stand_in in zip(holders, stand_ins.values(), strict=True):
-            _put(holder, key, stand_in)
-        yield
-    finally:
-        for (holder, key), module in zip(holders, before, strict=True):
-            _put(holder, key, module)
-
-
-def _put(holder: Any, key: str | int, value: Any) -> None:
-    if isinstance(holder, dict):
-        dict.__setitem__(holder, key, value)
-    else:
-        holder[key] = value
-
-
-@contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """LoRA within the weights while this is open, where a copy of them costs little.
-
-    In a small model's step of writing each operation counts: one product in the place of three.
-    Only of float32 weights, which lose nothing by it.
-    """
-    made = {path: module.fuse() for path, module in _light(model).items()}
-    mx.eval([module.parameters() for module in made.values()])
-    with _replaced(model, made):
-        yield
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """LoRA within the weights for a pass that is differentiated, where that is less work.
-
-    The gradient by the weights W + s BA gives that by A and B. It takes a product of all tokens
-    with d_in d_out numbers, where LoRA's own path takes three with r (d_in + d_out) and goes over
-    all activations five times more. Nothing is merged where LoRA has dropout.
-    """
-    with _replaced(
-        model,
-        {
-            path: _Merged(module)
-            for path, module in _light(model).items()
-            if _gains(module) and not isinstance(module.dropout, LoraDropout)
-        },
-    ):
-        yield
-
-
-def _light(model: nn.Module) -> dict[ModulePath, LoRALinear]:
-    """The modules with LoRA on float32 weights, where a copy of all of those costs little."""
-    found = {
-        path: module
-        for path, module in _modules(model)
-        if isinstance(module, LoRALinear)
-        and isinstance(module.linear, nn.Linear)
-        and module.linear.weight.dtype == mx.float32
-    }
-    copied = sum(module.linear.weight.nbytes for module in found.values())
-    return found if copied <= _COPIED else {}
-
-
-def _gains(module: LoRALinear) -> bool:
-    wide, long = module.linear.weight.shape
-    least: int = _MERGES * module.lora_a.shape[1] * (wide + long)
-    return bool(wide * long <= least)
-
-
-def _modules(part: Any, path: ModulePath = ()) -> Iterator[tuple[ModulePath, nn.Module]]:
-    """Every module of a model with its path, whatever lists or dictionaries hold it."""
-    if isinstance(part, nn.Module):
-        yield path, part
-    if isinstance(part, dict):
-        children: Iterable[tuple[str | int, Any]] = part.items()
-    elif isinstance(part, list):
-        children = enumerate(part)
-    else:
-        return
-    for key, child in children:
-        yield from _modules(child, (*path, key))
 
 
 def _refusal(model: nn.Module, why: str) -> UserError:
@@ -469,7 +217,7 @@ def block_paths(model: nn.Module) -> tuple[ModulePath, ...]:
     if not blocks:
         raise _refusal(model, "they list no blocks (layers)")
     where: dict[int, ModulePath] = {}
-    for path, module in _modules(model):
+    for path, module in modules(model):
         where.setdefault(id(module), path)
     missing = [index for index, block in enumerate(blocks) if id(block) not in where]
     if missing or len({id(block) for block in blocks}) < len(blocks):
@@ -483,7 +231,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: as for :func:`block_paths`.
     """
-    return [_at(model, path) for path in block_paths(model)]
+    return [module_at(model, path) for path in block_paths(model)]
 
 
 def check_blocks(model: nn.Module) -> None:
@@ -515,8 +263,8 @@ def _watched(
 ) -> mx.array:
     """A model's logits; what its blocks and the modules around them give is added to ``called``."""
     watched = [*paths, *_above(model, paths)]
-    recorders = {path: _Recorder(_at(model, path), _teller(called, path)) for path in watched}
-    with _replaced(model, recorders):
+    recorders = {path: Recorder(module_at(model, path), _teller(called, path)) for path in watched}
+    with replaced(model, recorders):
         logits: mx.array = model(tokens, cache=None)
     return logits
 
@@ -535,8 +283,8 @@ def block_states(model: nn.Module, tokens: mx.array) -> list[mx.array]:
     """
     layers: list[mx.array] = []
     paths = block_paths(model)
-    taps = {path: _Tap(_at(model, path), layers, False) for path in paths}
-    with _replaced(model, taps):
+    taps = {path: Tap(module_at(model, path), layers, False) for path in paths}
+    with replaced(model, taps):
         model(tokens, cache=None)
     return layers
 
@@ -550,8 +298,8 @@ def block_attention(model: nn.Module) -> list[Attentions]:
         UserError: the model lists no blocks.
     """
     calls: list[Attentions] = []
-    taps = {path: _Tap(_at(model, path), [], False, calls) for path in block_paths(model)}
-    with _replaced(model, taps):
+    taps = {path: Tap(module_at(model, path), [], False, calls) for path in block_paths(model)}
+    with replaced(model, taps):
         model(mx.array([_PROBE_TOKENS]), cache=make_prompt_cache(model))
     return calls
 
@@ -609,12 +357,12 @@ def _above(model: nn.Module, blocks: Sequence[ModulePath]) -> list[ModulePath]:
     inside = set(blocks)
     return [
         path
-        for path, _ in _modules(model)
+        for path, _ in modules(model)
         if path
         and path not in inside
         and path[:-1] in holders
         # A list of blocks is no module; what stands in one beside them is none of these.
-        and isinstance(_at(model, path[:-1]), nn.Module)
+        and isinstance(module_at(model, path[:-1]), nn.Module)
     ]
 
 
@@ -629,7 +377,7 @@ def _check_order(
     shapes = set()
     for _, out in ran:
         try:
-            shapes.add(tuple(_states(out).shape))
+            shapes.add(tuple(hidden_states(out).shape))
         except TypeError as error:
             raise _refusal(model, "their blocks give no hidden states") from error
     shape = shapes.pop()
@@ -641,7 +389,7 @@ def _check_order(
 def _logits_by_model(model: nn.Module, path: ModulePath, hidden: mx.array) -> mx.array:
     """A model's logits [n, rows] where the module at a path gives ``hidden`` [n, d]."""
     tokens = mx.zeros((1, len(hidden)), mx.int32)
-    with _replaced(model, {path: _Returns(_at(model, path), hidden[None])}):
+    with replaced(model, {path: Returns(module_at(model, path), hidden[None])}):
         logits: mx.array = model(tokens, cache=None)
     return logits[0]
 
@@ -659,19 +407,19 @@ def _close(made: mx.array, wanted: mx.array) -> bool:
     both = mx.isinf(wide) & (wide == other)
     wide, other = mx.where(both, 0.0, wide), mx.where(both, 0.0, other)
     error = mx.abs(wide - other).max()
-    rounding = _ROUNDING.get(wanted.dtype, _ROUNDING[mx.float32])
+    rounding = ROUNDING.get(wanted.dtype, ROUNDING[mx.float32])
     return bool((error <= rounding * mx.abs(other).max()).item())
 
 
 def _linear(view: View, dtype: mx.Dtype) -> View | None:
     """The view with the head whose product, scaled and bounded, are the model's logits."""
     blocks = set(view.block_paths)
-    for path, module in _modules(view.model):
+    for path, module in modules(view.model):
         if any(path[: len(block)] == block for block in blocks) or not isinstance(module, _HEADS):
             continue
         if _shape(module) != (view.rows, view.width):
             continue
-        transform = _fit(view.logits, product(module), view.width, dtype)
+        transform = fit(view.logits, product(module), view.width, dtype)
         # Embedding and head may hold the same numbers and still be two, of which one is learned.
         if transform is not None and _makes_logits(view, path, dtype):
             return dataclasses.replace(view, head_path=path, transform=transform)
@@ -682,7 +430,7 @@ def _makes_logits(view: View, path: ModulePath, dtype: mx.Dtype) -> bool:
     """Whether a module is what the model multiplies its final hidden states with."""
     hidden = mx.ones((1, view.width), dtype)
     before = view.logits(hidden)
-    with _replaced(view.model, {path: _Silent(_at(view.model, path), view.rows)}):
+    with replaced(view.model, {path: Silent(module_at(view.model, path), view.rows)}):
         after = view.logits(hidden)
     return not mx.array_equal(before, after, equal_nan=True).item()
 
@@ -700,72 +448,3 @@ def product(module: nn.Module) -> Callable[[mx.array], mx.array]:
     tied = isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
     multiply: Callable[[mx.array], mx.array] = module.as_linear if tied else module
     return multiply
-
-
-def _fit(
-    logits: Callable[[mx.array], mx.array],
-    product: Callable[[mx.array], mx.array],
-    width: int,
-    dtype: mx.Dtype,
-) -> LogitTransform | None:
-    """What makes logits of a head's product, if a scale and a soft cap do.
-
-    Args:
-        logits: of hidden states [n, d], by the model.
-        product: of hidden states [n, d], by the head.
-        width: d.
-        dtype: of the model's hidden states.
-    """
-    # Keys of its own: whoever loads a model draws as if nothing had been drawn here.
-    states = mx.random.normal((2, width), key=mx.random.key(0))
-
-    def at(size: float) -> tuple[mx.array, mx.array]:
-        hidden = (states * size).astype(dtype)
-        return logits(hidden).astype(mx.float32), product(hidden).astype(mx.float32)
-
-    def largest(array: mx.array) -> float:
-        size: Any = mx.abs(array).max().item()
-        return float(size)
-
-    # The size of hidden states at which the product, as the model scales it, is near the smallest:
-    # there a cap bends nothing, and the logits tell the scale.
-    unit = 1.0
-    for _ in range(3):
-        size = largest(at(unit)[0])
-        if not math.isfinite(size) or size == 0:
-            return None
-        unit *= _SIZES[0] / size
-    small, raw = at(unit)
-    scale = _slope(raw, small)
-    if not math.isfinite(scale) or scale == 0:
-        return None
-    rounding = _ROUNDING.get(dtype, _ROUNDING[mx.float32])
-    top, raw_top = at(unit * _SIZES[-1] / _SIZES[0])
-    cap = None
-    if largest(top) * _SATURATED < abs(scale) * largest(raw_top):
-        cap = _shortest(largest(top), rounding / 4)
-        share = mx.clip(small / cap, -0.999, 0.999)
-        scale = _slope(raw, cap * mx.arctanh(share))
-    # Sums over all rows: rounding cancels in them.
-    transform = LogitTransform(_shortest(scale, 1e-5 if dtype == mx.float32 else 1e-3), cap)
-    for size in _SIZES:
-        made, raw = at(unit * size / _SIZES[0])
-        error = largest(made - transform.apply(raw))
-        if not error <= rounding * largest(made):
-            return None
-    return transform
-
-
-def _slope(raw: mx.array, logits: mx.array) -> float:
-    """The factor from one array to another, by least squares."""
-    ratio: Any = ((raw * logits).sum() / (raw * raw).sum()).item()
-    return float(ratio)
-
-
-def _shortest(value: float, rounding: float) -> float:
-    """The number with the fewest digits, or one over it, within a relative error of a value."""
-    for digits in range(1, 9):
-        for candidate in (float(f"{value:.{digits}g}"), 1 / float(f"{1 / value:.{digits}g}")):
-            if abs(candidate - value) <= rounding * abs(value):
-                return candidate
-    return value

@@ -17,7 +17,8 @@ from mlx_fd.report.run import Run
 from mlx_fd.report.tables import amount, losses_table, measures_of, steps_table
 from mlx_fd.report.theme import PAGE
 from mlx_fd.runs.labels import EXAM_NAMES, STEP_NAMES
-from mlx_fd.runs.records import EpisodeRow, ShareRow
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.parts import ShareRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 from mlx_fd.runs.summary import good_by_expert
 

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from mlx_fd.runs.records import AttemptRow, EpisodeRow
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.self_distillation import AttemptRow
 from mlx_fd.runs.summary import good_by_expert
 
 _Record = TypeVar("_Record")

@@ -42,23 +42,19 @@ from mlx_fd.report.run import (
 from mlx_fd.report.self_reading import SelfRun, is_self_distillation, read_self_run
 from mlx_fd.runs.acceptance import acceptance
 from mlx_fd.runs.labels import WORK_NAMES
-from mlx_fd.runs.records import (
+from mlx_fd.runs.records.cascade import CascadeMeasuredRow
+from mlx_fd.runs.records.episodes import (
     AnswerRow,
-    BeforeAfterRow,
-    CascadeMeasuredRow,
-    CountRow,
     EpisodeRow,
-    EstimateRow,
     ExpertFeedbackRow,
     GateRow,
-    HeadroomRow,
-    MetricsRow,
     SecondRow,
     StudentFeedbackRow,
-    Summary,
     VerdictRow,
-    WorkRow,
 )
+from mlx_fd.runs.records.metrics import MetricsRow, WorkRow
+from mlx_fd.runs.records.parts import BeforeAfterRow, CountRow, EstimateRow
+from mlx_fd.runs.records.summary import HeadroomRow, Summary
 from mlx_fd.runs.summary import summarise
 
 _PARETO, _CASCADE = "pareto.json", "cascade.json"

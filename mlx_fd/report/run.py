@@ -10,13 +10,10 @@ from typing import Any, NotRequired, TypedDict
 from mlx_fd import runs
 from mlx_fd.report.files import JsonObject, json_file, known, number, numbers, text, truth
 from mlx_fd.runs.checkpoints import changed_logs
-from mlx_fd.runs.records import (
-    BatchMetricsRow,
-    EstimateRow,
-    ProbeLossesRow,
-    SelfSummary,
-    Summary,
-)
+from mlx_fd.runs.records.metrics import BatchMetricsRow
+from mlx_fd.runs.records.parts import EstimateRow, ProbeLossesRow
+from mlx_fd.runs.records.self_distillation import SelfSummary
+from mlx_fd.runs.records.summary import Summary
 
 _EVAL = "eval"
 _EVAL_FILE = "eval.json"

@@ -13,7 +13,7 @@ from mlx_fd.report.drawing import Figure
 from mlx_fd.report.run import Run
 from mlx_fd.report.self_reading import SelfRun
 from mlx_fd.report.self_tables import STEP_NAMES, share_says
-from mlx_fd.runs.records import SelfMetricsRow
+from mlx_fd.runs.records.self_distillation import SelfMetricsRow
 from mlx_fd.runs.self_distillation_summary import WRONG
 from mlx_fd.runs.summary import wilson
 

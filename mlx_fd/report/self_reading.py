@@ -32,7 +32,7 @@ from mlx_fd.report.run import (
     say_changed_logs,
     summary_of,
 )
-from mlx_fd.runs.records import (
+from mlx_fd.runs.records.self_distillation import (
     AttemptRow,
     HealthRow,
     SelfHeadroomRow,

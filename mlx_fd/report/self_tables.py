@@ -19,7 +19,7 @@ from mlx_fd.report.tables import (
     table,
 )
 from mlx_fd.runs.labels import duration
-from mlx_fd.runs.records import AttemptsRow, SelfHeadroomRow, SelfSummary
+from mlx_fd.runs.records.self_distillation import AttemptsRow, SelfHeadroomRow, SelfSummary
 from mlx_fd.runs.summary import wilson
 
 STEP_NAMES = {

@@ -13,7 +13,7 @@ from mlx_fd.report.reading import LoopRun
 from mlx_fd.report.tables import NONE, Table, TableRow, estimate, table
 from mlx_fd.runs.acceptance import ALL, accepted_share
 from mlx_fd.runs.labels import STEP_NAMES
-from mlx_fd.runs.records import EstimateRow
+from mlx_fd.runs.records.parts import EstimateRow
 
 
 def acceptance_table(runs: Sequence[LoopRun]) -> Table | None:

@@ -21,15 +21,13 @@ from mlx_fd.runs.labels import (
     duration,
     expert_verdicts_say,
 )
-from mlx_fd.runs.records import (
-    CascadeMeasuredRow,
-    EstimateRow,
+from mlx_fd.runs.records.cascade import CascadeMeasuredRow
+from mlx_fd.runs.records.parts import EstimateRow, ShareRow
+from mlx_fd.runs.records.self_distillation import SelfSummary, SelfUpdatesRow
+from mlx_fd.runs.records.summary import (
     ExpertUseRow,
     HeadroomRow,
     ScoreGapRow,
-    SelfSummary,
-    SelfUpdatesRow,
-    ShareRow,
     Summary,
     UnreadableRow,
     UpdatesRow,

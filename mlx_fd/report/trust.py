@@ -10,7 +10,7 @@ import altair as alt
 from mlx_fd.report import drawing as draw
 from mlx_fd.report.drawing import Figure
 from mlx_fd.report.reading import LoopRun
-from mlx_fd.runs.records import EpisodeRow
+from mlx_fd.runs.records.episodes import EpisodeRow
 from mlx_fd.runs.summary import agreed, mean_feedback, share_saved, wilson
 
 ALONE, TOKENS, DIFFER, RIGHT = (

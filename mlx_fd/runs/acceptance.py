@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_fd.runs.records import AcceptanceRow, CountRow, EpisodeRow, EstimateRow
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.parts import CountRow, EstimateRow
+from mlx_fd.runs.records.summary import AcceptanceRow
 from mlx_fd.runs.summary import wilson_over_clusters
 
 ALL = "all"

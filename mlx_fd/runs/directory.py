@@ -32,15 +32,10 @@ from mlx_fd.files import (
 )
 from mlx_fd.runs.checked import DIGEST, ChangedFile, read_checked, with_digest
 from mlx_fd.runs.marks import MARK, RUN, check_free, read_mark, write_mark
-from mlx_fd.runs.records import (
-    SCHEMA_VERSION,
-    AttemptRow,
-    EpisodeRow,
-    LoggedSampleRow,
-    Manifest,
-    MetricsRow,
-    SelfMetricsRow,
-)
+from mlx_fd.runs.records.episodes import EpisodeRow, LoggedSampleRow
+from mlx_fd.runs.records.manifest import SCHEMA_VERSION, Manifest
+from mlx_fd.runs.records.metrics import MetricsRow
+from mlx_fd.runs.records.self_distillation import AttemptRow, SelfMetricsRow
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"

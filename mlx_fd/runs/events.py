@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_fd.runs.records import (
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.metrics import MetricsRow
+from mlx_fd.runs.records.self_distillation import (
     AttemptRow,
-    EpisodeRow,
-    HeadroomRow,
-    MetricsRow,
     SelfHeadroomRow,
     SelfMetricsRow,
     SelfSummary,
 )
+from mlx_fd.runs.records.summary import HeadroomRow
 
 
 @dataclass(frozen=True)

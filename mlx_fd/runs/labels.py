@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mlx_fd.runs.records import AmountRow, ExpertVerdictsRow, ShareRow, TrustRow
+from mlx_fd.runs.records.metrics import AmountRow, TrustRow
+from mlx_fd.runs.records.parts import ShareRow
+from mlx_fd.runs.records.summary import ExpertVerdictsRow
 
 STEP_NAMES = {
     "answer": "first answer",
@@ -98,7 +100,7 @@ WORK_NAMES = {
     "measured": "tokens measured before the gate",
     "learned": "tokens learned from",
 }
-"""What :class:`mlx_fd.runs.records.WorkRow` counts."""
+"""What :class:`mlx_fd.runs.records.metrics.WorkRow` counts."""
 
 
 def beside_least(amount: AmountRow) -> str:

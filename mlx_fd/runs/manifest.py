@@ -16,13 +16,20 @@ from typing import Any, Literal, cast
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
 from mlx_fd._version import __version__
-from mlx_fd.config import CONTINUOUS, Config
+from mlx_fd.config import Config
+from mlx_fd.config.fields import CONTINUOUS
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.chat_template import DEFAULT_DATE, ChatTemplate, fitted
 from mlx_fd.models.resolve import why_changed
 from mlx_fd.runs.checked import content_digest
-from mlx_fd.runs.records import SCHEMA_VERSION, ChatTemplateRow, LearnedRow, Manifest, ModelRow
+from mlx_fd.runs.records.manifest import (
+    SCHEMA_VERSION,
+    ChatTemplateRow,
+    LearnedRow,
+    Manifest,
+    ModelRow,
+)
 
 Part = Literal["expert", "student", "problems"]
 _PARTS: tuple[Part, ...] = ("expert", "student", "problems")

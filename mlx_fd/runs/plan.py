@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_fd import problems as problem_sets
 from mlx_fd import runs
-from mlx_fd.config import (
-    CONTINUOUS,
-    Config,
-    GenerationOptions,
-    LossOptions,
-    override,
-    preset,
-    read,
-)
+from mlx_fd.config import Config, GenerationOptions, LossOptions, override, preset, read
+from mlx_fd.config.fields import CONTINUOUS
 from mlx_fd.errors import UserError
 from mlx_fd.models import fingerprint, ranks
 from mlx_fd.models.aliases import ALIASES
@@ -34,7 +27,7 @@ from mlx_fd.problems.kinds import KINDS, are_graded
 from mlx_fd.problems.sources import SOURCES
 from mlx_fd.registry import CONTEXTS
 from mlx_fd.runs.manifest import manifest_of
-from mlx_fd.runs.records import Manifest
+from mlx_fd.runs.records.manifest import Manifest
 from mlx_fd.runs.unused import check_used
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mlx_fd.problems.kinds import known
-from mlx_fd.runs.records import (
+from mlx_fd.runs.records.parts import ShareRow
+from mlx_fd.runs.records.self_distillation import (
     AttemptRow,
     AttemptsRow,
     ExpertAnswersRow,
@@ -16,7 +17,6 @@ from mlx_fd.runs.records import (
     SelfHealthRow,
     SelfMetricsRow,
     SelfSummary,
-    ShareRow,
 )
 from mlx_fd.runs.summary import ENOUGH, WORRYING_SHARE, seconds_of, share_of, wilson_over_problems
 

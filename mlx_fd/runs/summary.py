@@ -9,17 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from mlx_fd.problems.kinds import known
-from mlx_fd.runs.records import (
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.metrics import BatchMetricsRow, MetricsRow, WorkRow
+from mlx_fd.runs.records.parts import ShareRow
+from mlx_fd.runs.records.summary import (
     AuditsRow,
-    BatchMetricsRow,
-    EpisodeRow,
     ExpertVerdictsRow,
     HeadroomRow,
-    MetricsRow,
-    ShareRow,
     Summary,
     VerdictsRow,
-    WorkRow,
 )
 
 # A share of episodes above this is worth a warning, once there are enough of them.

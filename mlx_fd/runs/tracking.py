@@ -20,7 +20,7 @@ from mlx_fd.files import check_way, write_json
 from mlx_fd.problems.kinds import known
 from mlx_fd.runs.checked import read_checked, with_digest
 from mlx_fd.runs.events import BatchDone, Event, Probed
-from mlx_fd.runs.records import TrackerRow
+from mlx_fd.runs.records.tracking import TrackerRow
 from mlx_fd.runs.summary import good_by_expert
 
 # What each has seen of a run, in the run directory.

@@ -10,7 +10,7 @@ from mlx_fd.evaluation.cascade.confidence import confidence
 from mlx_fd.evaluation.cascade.file import read, why_other
 from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, SCORES
 from mlx_fd.feedback.judge import ModelRef
-from mlx_fd.runs.records import CascadeFile
+from mlx_fd.runs.records.cascade import CascadeFile
 from mlx_fd.serve.models import Served
 from mlx_fd.serve.rule import Rule
 from mlx_fd.serve.service import Options

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_fd.config import MAX_SEED
+from mlx_fd.config.fields import MAX_SEED
 from mlx_fd.models.chat_template import THINKING_SWITCHES
 from mlx_fd.models.writing import Sampling
 from mlx_fd.serve.errors import ApiError, bad

@@ -38,17 +38,10 @@ from mlx_fd.runs.checkpoints import (
 )
 from mlx_fd.runs.events import BatchDone, Event, Note, Warned
 from mlx_fd.runs.logs import Log
-from mlx_fd.runs.records import (
-    AttemptRow,
-    EpisodeRow,
-    MetricsRow,
-    SelfMetricsRow,
-    SelfSummary,
-    StopRow,
-    Summary,
-    TrustRow,
-    UpdateRow,
-)
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.metrics import MetricsRow, StopRow, TrustRow, UpdateRow
+from mlx_fd.runs.records.self_distillation import AttemptRow, SelfMetricsRow, SelfSummary
+from mlx_fd.runs.records.summary import Summary
 from mlx_fd.training.answering import Answering
 from mlx_fd.training.replay import Replay
 

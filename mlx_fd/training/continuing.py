@@ -15,7 +15,7 @@ from mlx_fd.runs.continued import earlier_config
 from mlx_fd.runs.learned import read_questions
 from mlx_fd.runs.manifest import learned_rows
 from mlx_fd.runs.plan import Plan
-from mlx_fd.runs.records import Manifest
+from mlx_fd.runs.records.manifest import Manifest
 
 
 def check_continues(plan: Plan) -> Plan:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
+from mlx_fd.feedback.stages import StudentFeedback
+from mlx_fd.models import ranks
 from mlx_fd.models.student import Student
 
 
@@ -72,3 +74,13 @@ def diverged(what: str, batch: int, config: Config) -> UserError:
         f"checkpoints before it are whole. Begin a new run with {advice} or a smaller "
         "--max-grad-norm."
     )
+
+
+def check_feedback(given: Sequence[StudentFeedback], batch: int, config: Config) -> None:
+    """Stop a run whose student is lost, before its rows are written; all ranks raise."""
+    numbers = [(one.logprob, one.head_score) for one in given]
+    for logprob, score in ranks.gather(numbers):
+        if not math.isfinite(logprob):
+            raise diverged("log-probabilities are", batch, config)
+        if score is not None and not math.isfinite(score):
+            raise diverged("score is", batch, config)

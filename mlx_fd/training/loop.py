@@ -30,25 +30,12 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.sources import Question
 from mlx_fd.runs.acceptance import acceptance
 from mlx_fd.runs.events import Note, Probed, Probing, Started, Warned
-from mlx_fd.runs.records import (
-    BeforeAfterRow,
-    EpisodeRow,
-    LoggedSampleRow,
-    SelfSummary,
-    Summary,
-    TopKRow,
-)
+from mlx_fd.runs.records.episodes import EpisodeRow, LoggedSampleRow
+from mlx_fd.runs.records.parts import BeforeAfterRow
+from mlx_fd.runs.records.self_distillation import SelfSummary
+from mlx_fd.runs.records.summary import Summary, TopKRow
 from mlx_fd.runs.summary import find_warnings, summarise
-from mlx_fd.training.batch import (
-    Begun,
-    Learner,
-    Report,
-    overlaps,
-    rehearse_batch,
-    report_steps,
-    run_batch,
-    samples_again,
-)
+from mlx_fd.training.batch import Begun, overlaps, run_batch
 from mlx_fd.training.checkpoint import (
     Done,
     Records,
@@ -66,7 +53,9 @@ from mlx_fd.training.checkpoint import (
 )
 from mlx_fd.training.diverged import check_finite, check_weights
 from mlx_fd.training.job import Job
+from mlx_fd.training.learner import Learner, Report, report_steps
 from mlx_fd.training.probe import Probe, load_probe, make_probe, save_probe
+from mlx_fd.training.rehearsal import rehearse_batch, samples_again
 from mlx_fd.training.replay import Memory
 
 # A loss that is next to nothing from the start must not drown the others.

@@ -20,13 +20,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.feedback.asking import OnTokens, Seeds, derive_seed
 from mlx_fd.feedback.distill import measure
 from mlx_fd.feedback.pair import Pair
-from mlx_fd.feedback.samples import (
-    Sample,
-    TeacherOutputs,
-    gather_samples,
-    sample_of,
-    solution_of,
-)
+from mlx_fd.feedback.samples import Sample, TeacherOutputs, gather_samples, sample_of, solution_of
 from mlx_fd.feedback.stages import Answered, Judged
 from mlx_fd.feedback.turns import (
     answer,
@@ -44,7 +38,8 @@ from mlx_fd.models.student import read_arrays
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import are_graded
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
-from mlx_fd.runs.records import CountRow, HeadroomJudgedRow, HeadroomRow, HeadroomVerdictsRow
+from mlx_fd.runs.records.parts import CountRow
+from mlx_fd.runs.records.summary import HeadroomJudgedRow, HeadroomRow, HeadroomVerdictsRow
 
 PROBE_ARRAYS = "probe.safetensors"
 # A judge that says the same of every answer judges half of right and wrong ones rightly. The expert

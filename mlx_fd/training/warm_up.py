@@ -23,7 +23,8 @@ from mlx_fd.runs.learned import question_digests
 from mlx_fd.runs.manifest import check_same, flat_options
 from mlx_fd.runs.mirror import copy_from_first
 from mlx_fd.runs.plan import Plan, check_run_memory
-from mlx_fd.runs.records import Manifest, SelfSummary
+from mlx_fd.runs.records.manifest import Manifest
+from mlx_fd.runs.records.self_distillation import SelfSummary
 from mlx_fd.runs.tracking import Tracking
 from mlx_fd.training.job import Job
 from mlx_fd.training.selfdistill import training

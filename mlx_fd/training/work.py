@@ -15,7 +15,8 @@ from mlx_fd.config import Config
 from mlx_fd.feedback.distill import Update
 from mlx_fd.feedback.samples import Sample
 from mlx_fd.models.metering import LEARNING, MEASURING, READING, WRITING, Meter
-from mlx_fd.runs.records import EpisodeRow, WorkRow
+from mlx_fd.runs.records.episodes import EpisodeRow
+from mlx_fd.runs.records.metrics import WorkRow
 
 EXPERT, STUDENT = "expert", "student"
 

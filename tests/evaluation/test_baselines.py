@@ -24,8 +24,8 @@ from mlx_fd.feedback.turns import (
 )
 from mlx_fd.models.conversation import Conversation, without_repeated_eos
 from mlx_fd.models.generation import followup_prompt
-from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.problems import parsing
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.problems.prompts import critique_prompt

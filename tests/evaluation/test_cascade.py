@@ -18,7 +18,7 @@ from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, answer_score
 from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
-from mlx_fd.runs.records import EstimateRow
+from mlx_fd.runs.records.parts import EstimateRow
 from mlx_fd.runs.summary import wilson
 from support.pages import check_charts
 from support.serving import questions, tiny_run

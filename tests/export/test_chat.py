@@ -13,8 +13,9 @@ from mlx_fd.export.chat import carry_template, reply_opening, template_note
 from mlx_fd.feedback.judge import ModelRef
 from mlx_fd.models.chat_template import ChatTemplate
 from mlx_fd.models.generation import first_prompt
-from mlx_fd.models.loading import load, open_template
+from mlx_fd.models.loading import load
 from mlx_fd.models.thinking import ThinkingOptions
+from mlx_fd.models.tokenizer import open_template
 from support.thinkers import TEMPLATES
 from support.tiny import make_model_dir, make_tokenizer
 

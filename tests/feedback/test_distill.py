@@ -467,7 +467,7 @@ def dense_total(student, expert, samples, options, factors):
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_losses_and_gradients_are_the_dense_ones(plan, kl, standardize, train, monkeypatch):
     """In chunks of a few tokens, with a head that is frozen or trains at both ends."""
-    monkeypatch.setattr("mlx_fd.losses.divergence.LOGIT_BUDGET", 4 * 400 * 4 * 7)
+    monkeypatch.setattr("mlx_fd.losses.chunks.LOGIT_BUDGET", 4 * 400 * 4 * 7)
     models = dataclasses.replace(plan.config.models, train=train)
     config = dataclasses.replace(plan.config, models=models)
     pair = open_pair(dataclasses.replace(plan, config=config))

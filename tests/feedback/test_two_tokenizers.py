@@ -22,7 +22,7 @@ from mlx_fd.feedback.turns import (
     student_prompt,
 )
 from mlx_fd.losses.kernel_checks import float64
-from mlx_fd.models.loading import open_template
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.problems import Problem
 from mlx_fd.problems.prompts import Answer, answer_prompt, feedback_prompt
 from mlx_fd.runs import plan as plans

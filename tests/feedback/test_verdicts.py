@@ -13,19 +13,13 @@ from mlx_fd.feedback.criticism import feedback_request
 from mlx_fd.feedback.pair import open_pair
 from mlx_fd.feedback.samples import Sample, sample_of
 from mlx_fd.feedback.stages import Answered, ExpertFeedback, Judged, StudentFeedback
-from mlx_fd.feedback.verdicts import (
-    _second_look,
-    contradicts,
-    review,
-    says_it_was_told,
-    tally,
-)
+from mlx_fd.feedback.verdicts import _second_look, contradicts, review, says_it_was_told, tally
 from mlx_fd.models.conversation import Conversation, forward
 from mlx_fd.models.generation import followup_prompt, said
 from mlx_fd.problems import parsing, prompts
 from mlx_fd.problems.kinds import read_final
 from mlx_fd.runs.plan import make_plan
-from mlx_fd.training.batch import samples_again
+from mlx_fd.training.rehearsal import samples_again
 from support.loops import assert_same, rows, start
 
 RIGHT, WRONG = "1\nFeedback: Every step is right.", "-0.8\nFeedback: Step 1 is a slip."

@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from mlx import nn
 
 from mlx_fd.losses import divergence, graph
-from mlx_fd.losses.divergence import (
-    Target,
-    TopK,
-    chunk_size,
-    fused_linear_divergence,
-    fused_linear_divergences,
-    one_hot,
-    teacher_top_k,
-    top_k_gap,
-)
+from mlx_fd.losses.chunks import chunk_size
+from mlx_fd.losses.comparison import top_k_gap
+from mlx_fd.losses.divergence import Target, fused_linear_divergence, fused_linear_divergences
 from mlx_fd.losses.head import logit_head
 from mlx_fd.losses.kernel_checks import (
     alignment_reference,
@@ -30,6 +23,8 @@ from mlx_fd.losses.kernel_checks import (
     float64,
     top_k_reference,
 )
+from mlx_fd.losses.teacher import TopK, one_hot, teacher_top_k
+from mlx_fd.models.memory import LOGIT_BUDGET
 from support.dense_losses import language_model_loss, logit_loss
 from support.loss_numbers import central, numbers
 from support.reference_losses import top_k_divergence_rows
@@ -721,7 +716,7 @@ def test_the_chunk_changes_nothing(chunk):
 @given(st.integers(1, 5000), st.integers(1, 300_000), st.integers(2, 6))
 def test_chunks_fit_the_budget_and_are_equal(n, vocab, arrays):
     chunk = chunk_size(n, vocab, arrays)
-    most = divergence.LOGIT_BUDGET // (4 * vocab * arrays)
+    most = LOGIT_BUDGET // (4 * vocab * arrays)
     assert 1 <= chunk <= max(1, min(n, most))
     if n <= most:
         assert chunk == n
@@ -927,7 +922,7 @@ def test_a_target_s_mask_is_its_own():
 
 @pytest.mark.parametrize("form", ["linear", "4 bits, groups of 64"])
 def test_teacher_top_k_is_of_its_logits(form, monkeypatch):
-    monkeypatch.setattr(divergence, "LOGIT_BUDGET", 4 * 301 * 20)
+    monkeypatch.setattr("mlx_fd.losses.chunks.LOGIT_BUDGET", 4 * 301 * 20)
     _, (theirs, weight, bias) = models(301, 64, teacher=form)
     hidden = numbers(5, 17, 128)
     found = teacher_top_k(mx.array(hidden), theirs, k=9, temperature=2.5, vocab=290)

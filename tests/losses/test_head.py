@@ -12,20 +12,11 @@ from mlx_lm.models import cohere, falcon_h1, gemma2, gemma4_text, granite, llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_fd.losses import divergence
-from mlx_fd.losses.divergence import (
-    Target,
-    TopK,
-    compare_distributions,
-    fused_linear_divergence,
-    fused_linear_divergences,
-    one_hot,
-    teacher_at,
-    teacher_top_k,
-    token_log_probabilities,
-    top_k_gap,
-)
+from mlx_fd.losses.comparison import compare_distributions, token_log_probabilities, top_k_gap
+from mlx_fd.losses.divergence import Target, fused_linear_divergence, fused_linear_divergences
 from mlx_fd.losses.head import head_rows, logit_head
 from mlx_fd.losses.kernel_checks import divergence_reference, float64
+from mlx_fd.losses.teacher import TopK, one_hot, teacher_at, teacher_top_k
 from mlx_fd.models.backend import Backend
 from mlx_fd.models.logit_transform import DenseLogits, LinearLogits, LogitTransform
 from mlx_fd.models.view import find_view

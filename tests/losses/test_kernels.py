@@ -11,12 +11,9 @@ from mlx import nn
 
 from mlx_fd.errors import UserError
 from mlx_fd.losses import kernels
-from mlx_fd.losses.divergence import Target, fused_linear_divergence, teacher_top_k
-from mlx_fd.losses.kernel_checks import (
-    divergence_reference,
-    float64,
-    top_k_reference,
-)
+from mlx_fd.losses.divergence import Target, fused_linear_divergence
+from mlx_fd.losses.kernel_checks import divergence_reference, float64, top_k_reference
+from mlx_fd.losses.teacher import teacher_top_k
 from mlx_fd.models.backend import Backend
 from mlx_fd.models.logit_transform import LinearLogits, LogitTransform
 from support.draws import by_day

@@ -17,16 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_fd.errors import UserError
 from mlx_fd.models import template_sandbox
-from mlx_fd.models.chat_template import (
-    DEFAULT_DATE,
-    ChatTemplate,
-    check_conversation,
-    fitted,
-)
+from mlx_fd.models.chat_template import DEFAULT_DATE, ChatTemplate, check_conversation, fitted
 from mlx_fd.models.context import Surroundings, too_long
 from mlx_fd.models.generation import first_prompt, followup_prompt
-from mlx_fd.models.loading import load, open_template
+from mlx_fd.models.loading import load
 from mlx_fd.models.pairing import check_pair
+from mlx_fd.models.tokenizer import open_template
 from support import tiny
 
 # As OpenBLAS does on a machine with 128 processors, with a stack for each of them.

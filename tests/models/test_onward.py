@@ -14,8 +14,9 @@ from mlx_lm.utils import load_model  # noqa: E402
 
 from mlx_fd.config import ModelOptions  # noqa: E402
 from mlx_fd.models.lora import put_lora  # noqa: E402
+from mlx_fd.models.merging import merged  # noqa: E402
 from mlx_fd.models.onward import go_on, goes_on, keeping  # noqa: E402
-from mlx_fd.models.view import find_view, merged  # noqa: E402
+from mlx_fd.models.view import find_view  # noqa: E402
 
 BATCH = mx.array([[(37 * k + 11 * row) % 380 for k in range(20)] for row in range(3)])
 

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from mlx_fd.errors import UserError
-from mlx_fd.models.loading import open_template
 from mlx_fd.models.pairing import check_pair
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.models.tokenizer_file import read_tokenizer
 from support import tiny
 from support.thinkers import TEMPLATES

@@ -16,7 +16,8 @@ from mlx_fd.models.generation import (
     generate,
     without_thoughts,
 )
-from mlx_fd.models.loading import load, open_template, with_thinking
+from mlx_fd.models.loading import load, with_thinking
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.models.writing import GenerateOptions, Sampling, Turn
 from support.architectures import make_architecture
 from support.thinkers import TEMPLATES, Line, scripted, tokens_in

@@ -15,7 +15,7 @@ from mlx_fd.files import append_lines, digest_of, failed_write, write_atomic, wr
 from mlx_fd.runs import checkpoints
 from mlx_fd.runs.checked import DIGEST
 from mlx_fd.runs.logs import Log, log_size
-from mlx_fd.runs.records import SCHEMA_VERSION
+from mlx_fd.runs.records.manifest import SCHEMA_VERSION
 
 
 def make_run(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from mlx_fd.runs.plan import (
     sample_of_problems,
     with_absolute_names,
 )
-from mlx_fd.training.session import new_plan
+from mlx_fd.training.planning import new_plan
 from support import ROOT
 from support.architectures import make_architecture
 from support.manifests import config, manifest

@@ -17,7 +17,8 @@ from mlx_fd.models.student import ADAPTER_WEIGHTS, HEADS
 from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import is_right, read_final
 from mlx_fd.serve.kept import CORRECTION, EXPERT, Kept
-from mlx_fd.training.session import new_plan, open_run
+from mlx_fd.training.planning import new_plan
+from mlx_fd.training.session import open_run
 from support.serving import ask, exchange, post, serving, tiny_run
 
 ASKED = 8

@@ -15,8 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import mlx_fd
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted
-from mlx_fd.models.loading import open_template
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.problems import arithmetic
 from mlx_fd.problems.sources import gsm8k
 from support.tiny import CHAT_TEMPLATE

@@ -1,10 +1,8 @@
 """A manifest as a run writes it."""
 
 from mlx_fd.config import Config, override
-from mlx_fd.runs.manifest import (
-    flat_options,
-)
-from mlx_fd.runs.records import SCHEMA_VERSION
+from mlx_fd.runs.manifest import flat_options
+from mlx_fd.runs.records.manifest import SCHEMA_VERSION
 
 
 def config(**changes) -> Config:

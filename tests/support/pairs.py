@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_fd import problems
 from mlx_fd.config import Config, override
-from mlx_fd.models.loading import open_template
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.problems import prompts
 from mlx_fd.runs.plan import Plan
 from support.tiny import make_model_dir, make_tokenizer

@@ -11,7 +11,7 @@ from mlx_fd.config import Config, to_toml
 from mlx_fd.files import write_json
 from mlx_fd.problems import Problem
 from mlx_fd.report.advantage_page import page as make_advantage_page
-from mlx_fd.runs.records import SCHEMA_VERSION
+from mlx_fd.runs.records.manifest import SCHEMA_VERSION
 from mlx_fd.training.selfdistill.advantage import AFTER, BEFORE, IN, RIGHT, Scored, summarise
 from mlx_fd.training.selfdistill.contexts import Attempt
 

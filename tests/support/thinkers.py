@@ -16,8 +16,9 @@ import mlx.core as mx
 from mlx import nn
 from tokenizers import AddedToken
 
-from mlx_fd.models.loading import Loaded, open_tokenizer, template_of, with_thinking
+from mlx_fd.models.loading import Loaded, with_thinking
 from mlx_fd.models.published_config import read_config
+from mlx_fd.models.tokenizer import open_tokenizer, template_of
 from mlx_fd.problems.thoughts import FAMILIES
 from support.tiny import make_model_dir, make_tokenizer
 

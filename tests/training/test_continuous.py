@@ -13,7 +13,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.models.backend import backend
 from mlx_fd.runs.events import BatchDone, Step
 from mlx_fd.runs.manifest import check_same
-from mlx_fd.training import session
+from mlx_fd.training import planning
 from support.draws import ALL
 from support.loops import Killed, assert_same, count_syncs, rows, start
 from support.manifests import manifest
@@ -160,10 +160,10 @@ def test_a_profile_counts_what_was_done(dirs, tmp_path):
 
 
 def test_a_new_run_says_how_it_writes_and_an_older_one_stays_in_lockstep():
-    settled = session._settled(Config()).generation.batching
+    settled = planning._settled(Config()).generation.batching
     assert settled == ("lockstep" if backend().on_cpu else "continuous")
     alone = override(Config(), {"sequential": True}, "test")
-    assert session._settled(alone).generation.batching == "lockstep"
+    assert planning._settled(alone).generation.batching == "lockstep"
     old = manifest()
     for name in ("batching", "places"):
         del old["options"][name]
@@ -188,11 +188,11 @@ def test_places_are_refused_where_auto_is_lockstep(dirs, tmp_path):
 
 
 def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(session.ranks, "processes", lambda: 2)
+    monkeypatch.setattr(planning.ranks, "processes", lambda: 2)
     config = override(Config(), {"batching": "continuous"}, "test")
     with pytest.raises(UserError, match="in one process"):
-        session._check_ranks(config)
-    auto = session._settled(override(Config(), {"template_date": "2026-11-28"}, "test"))
+        planning._check_ranks(config)
+    auto = planning._settled(override(Config(), {"template_date": "2026-11-28"}, "test"))
     assert auto.generation.batching == "lockstep"
 
 

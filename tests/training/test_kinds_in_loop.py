@@ -15,8 +15,8 @@ from mlx_fd.problems import Problem, arithmetic, execution, load
 from mlx_fd.problems.kinds import form_of
 from mlx_fd.problems.parsing import parse_feedback
 from mlx_fd.problems.prompts import answer_prompt
+from mlx_fd.training.planning import plan_of
 from mlx_fd.training.selfdistill.methods import configured
-from mlx_fd.training.session import plan_of
 from support.shell import shell
 
 mlx_fd = partial(shell, cwd=Path("/"))

@@ -16,8 +16,10 @@ from mlx_fd.models.conversation import Conversation
 from mlx_fd.problems.prompts import Answer, Feedback
 from mlx_fd.runs.events import Warned
 from mlx_fd.training import replay as replaying
-from mlx_fd.training.batch import Learner, _lag, _solutions, samples_again
+from mlx_fd.training.learner import Learner
+from mlx_fd.training.learning import _lag, _solutions
 from mlx_fd.training.probe import Headroom, Probe
+from mlx_fd.training.rehearsal import samples_again
 from mlx_fd.training.replay import Memory, Remembered, Replay, choose
 from support.loops import assert_same, rows, start
 from support.pairs import make_dirs, make_plan

@@ -20,7 +20,7 @@ from mlx_fd.export.exporter import export
 from mlx_fd.export.form import Form
 from mlx_fd.feedback.judge import locate_model, open_student
 from mlx_fd.models.generation import first_prompt
-from mlx_fd.training import session
+from mlx_fd.training import planning, session
 from mlx_fd.training.selfdistill.methods import configured
 from support.loops import assert_same
 from support.pairs import SMALL, make_home
@@ -41,7 +41,7 @@ PROMPT = (
 
 
 class Clock:
-    """The module ``datetime`` as the session sees it, on a day of our choice."""
+    """The module ``datetime`` as the planning sees it, on a day of our choice."""
 
     def __init__(self, day: datetime.date):
         class Date(datetime.date):
@@ -84,7 +84,7 @@ def begin(home: Path, out: Path, **more: Any) -> mlx_fd.RunResult:
 @pytest.fixture(scope="module")
 def run(home: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "datetime", Clock(BEGAN))
+        patch.setattr(planning, "datetime", Clock(BEGAN))
         return begin(home, home / "run").folder
 
 
@@ -96,11 +96,11 @@ def prompt(name: Path | str) -> str:
 def test_a_run_that_goes_on_tomorrow_is_the_one_that_did_not_stop(
     home: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "datetime", Clock(BEGAN))
+    monkeypatch.setattr(planning, "datetime", Clock(BEGAN))
     batches = iter([False, True])
     halted = begin(home, tmp_path / "halted", stop=lambda: next(batches))
     assert not halted.done
-    monkeypatch.setattr(session, "datetime", Clock(NEXT))
+    monkeypatch.setattr(planning, "datetime", Clock(NEXT))
     assert mlx_fd.resume_run(halted.folder, on_event=lambda event: None).done
     assert_same(run, halted.folder)
     # Begun tomorrow, it is another run, and with the day given the same one.
@@ -249,11 +249,11 @@ def test_self_distillation_has_a_day_and_variables_too(
         "lora_rank": 2,
         "chat_template_kwargs": {"style": "Be brief"},
     }
-    monkeypatch.setattr(session, "datetime", Clock(BEGAN))
+    monkeypatch.setattr(planning, "datetime", Clock(BEGAN))
     folder = tmp_path / "run"
-    plan = session.new_plan(folder, configured("grpo", given))
+    plan = planning.new_plan(folder, configured("grpo", given))
     run = session.open_run(folder, plan, lambda event: None, new=True)
-    monkeypatch.setattr(session, "datetime", Clock(NEXT))
+    monkeypatch.setattr(planning, "datetime", Clock(NEXT))
     assert run(lambda: False) is not None
     assert prompt(folder) == PROMPT
     assert open_target(str(folder), None).template.render(["Hi"]) == PROMPT

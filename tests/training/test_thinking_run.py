@@ -232,7 +232,8 @@ def test_distilling_thoughts_needs_models_that_think():
 
 
 def test_the_templates_own_switch_is_left_alone(dirs):
-    from mlx_fd.models.loading import load, open_template
+    from mlx_fd.models.loading import load
+    from mlx_fd.models.tokenizer import open_template
 
     with pytest.raises(UserError, match="--thinking"):
         open_template(dirs[0], {"enable_thinking": True})

@@ -17,7 +17,7 @@ from mlx_fd.feedback.pair import open_pair
 from mlx_fd.report.page import make_page
 from mlx_fd.report.reading import read_runs
 from mlx_fd.runs.events import BatchDone, WarmedUp
-from mlx_fd.runs.records import SCHEMA_VERSION
+from mlx_fd.runs.records.manifest import SCHEMA_VERSION
 from mlx_fd.training.job import Job
 from mlx_fd.training.loop import run
 from mlx_fd.training.warm_up import run_warm_up, warm_up_config

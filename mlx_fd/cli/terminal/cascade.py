@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.cascade.choice import promised, ways_out
-from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
+from mlx_fd.runs.records.cascade import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
 
 _NAMES = {
     "student": "the student alone",

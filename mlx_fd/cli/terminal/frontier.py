@@ -8,7 +8,7 @@ from typing import Any
 from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.pareto.choice import recommended
 from mlx_fd.evaluation.pareto.names import COSTS, METRICS, remarks_on
-from mlx_fd.runs.records import ParetoFile
+from mlx_fd.runs.records.pareto import ParetoFile
 
 
 def table(found: Mapping[str, Any]) -> FittingTable:

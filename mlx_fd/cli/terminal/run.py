@@ -9,12 +9,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,18 +25,11 @@ from mlx_fd.runs.events import (
     WarmedUp,
     Warned,
 )
-from mlx_fd.runs.labels import (
-    STEP_NAMES,
-    duration,
-    number,
-    trust_says,
-)
-from mlx_fd.runs.records import (
-    CountRow,
-    HeadroomRow,
-    MetricsRow,
-    SelfMetricsRow,
-)
+from mlx_fd.runs.labels import STEP_NAMES, duration, number, trust_says
+from mlx_fd.runs.records.metrics import MetricsRow
+from mlx_fd.runs.records.parts import CountRow
+from mlx_fd.runs.records.self_distillation import SelfMetricsRow
+from mlx_fd.runs.records.summary import HeadroomRow
 from mlx_fd.runs.summary import good_by_expert
 from mlx_fd.text import strip_control_chars
 

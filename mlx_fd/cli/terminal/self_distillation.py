@@ -12,7 +12,7 @@ from mlx_fd.cli.terminal.run import Display
 from mlx_fd.problems.kinds import known
 from mlx_fd.runs.events import BatchDone, Probed
 from mlx_fd.runs.labels import duration, number, share_says
-from mlx_fd.runs.records import SelfSummary
+from mlx_fd.runs.records.self_distillation import SelfSummary
 from mlx_fd.runs.self_distillation_summary import WRONG
 
 _STEPS = {

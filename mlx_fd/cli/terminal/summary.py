@@ -17,16 +17,16 @@ from mlx_fd.runs.labels import (
     share_says,
     trust_says,
 )
-from mlx_fd.runs.records import (
-    EstimateRow,
+from mlx_fd.runs.records.metrics import WorkRow
+from mlx_fd.runs.records.parts import EstimateRow
+from mlx_fd.runs.records.self_distillation import SelfSummary
+from mlx_fd.runs.records.summary import (
     ExpertUseRow,
     JudgingRow,
     ScoreGapRow,
-    SelfSummary,
     Summary,
     TopKRow,
     UpdatesRow,
-    WorkRow,
 )
 
 Lines = Iterator[tuple[str, str]]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_fd.config import EpisodeOptions, GenerationOptions
 from mlx_fd.registry import Entry
-from mlx_fd.runs.records import ThoughtColumns, TrialRow, thought_columns
+from mlx_fd.runs.records.evaluation import TrialRow
+from mlx_fd.runs.records.parts import ThoughtColumns, thought_columns
 
 if TYPE_CHECKING:
     from mlx_fd.feedback.asking import OnTokens

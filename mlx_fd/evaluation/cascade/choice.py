@@ -15,7 +15,7 @@ from mlx_fd.evaluation.cascade import keeping
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.scores import Score
 from mlx_fd.feedback.risk import LEVEL, THRESHOLDS, upper_bound
-from mlx_fd.runs.records import CascadePromiseRow
+from mlx_fd.runs.records.cascade import CascadePromiseRow
 
 RISK, ACCURACY, COST = "risk", "accuracy", "cost"
 PROMISES = {

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from mlx_fd.evaluation.cascade.outcome import Outcome
-from mlx_fd.runs.records import CascadeStepRow
+from mlx_fd.runs.records.cascade import CascadeStepRow
 
 # A share of fewer answers says little.
 _FEWEST = 20

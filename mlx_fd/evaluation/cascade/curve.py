@@ -10,7 +10,8 @@ import numpy as np
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.statistics import Rows, bootstrap, mean
-from mlx_fd.runs.records import CascadePointRow, CascadeSystemRow, EstimateRow
+from mlx_fd.runs.records.cascade import CascadePointRow, CascadeSystemRow
+from mlx_fd.runs.records.parts import EstimateRow
 from mlx_fd.runs.summary import wilson
 
 STUDENT, CASCADE, RANDOM, ORACLE, EXPERT = "student", "cascade", "random", "oracle", "expert"

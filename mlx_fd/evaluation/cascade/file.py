@@ -12,7 +12,7 @@ from mlx_fd.feedback.judge import ModelRef, adapter_hash
 from mlx_fd.files import write_json
 from mlx_fd.models import fingerprint
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
-from mlx_fd.runs.records import CascadeFile
+from mlx_fd.runs.records.cascade import CascadeFile
 
 CASCADE = "cascade.json"
 # 1 was of score heads alone, and did not say so.

@@ -21,7 +21,7 @@ from mlx_fd.models.context import fitting
 from mlx_fd.problems import Problem, ProblemSet
 from mlx_fd.problems.kinds import KINDS, are_graded
 from mlx_fd.problems.questions import question_digest
-from mlx_fd.runs.records import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
+from mlx_fd.runs.records.cascade import CascadeFile, CascadeMeasuredRow, CascadePromiseRow
 
 Progress = Callable[[str, int, int], None]
 Warn = Callable[[str], None]

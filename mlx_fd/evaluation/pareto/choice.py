@@ -17,7 +17,7 @@ from mlx_fd.evaluation.pareto.names import ACCURACY
 from mlx_fd.evaluation.pareto.points import Point, cost_of
 from mlx_fd.files import write_atomic, write_json
 from mlx_fd.runs.checked import with_digest
-from mlx_fd.runs.records import ParetoFile, ParetoPointRow
+from mlx_fd.runs.records.pareto import ParetoFile, ParetoPointRow
 
 JSON = "pareto.json"
 PRESET = "pareto.toml"

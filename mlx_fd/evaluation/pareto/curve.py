@@ -15,7 +15,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.pareto.thresholds import Look
 from mlx_fd.runs.checked import ChangedFile, read_checked
 from mlx_fd.runs.checkpoints import changed_logs, newest_checkpoint
-from mlx_fd.runs.records import Summary
+from mlx_fd.runs.records.summary import Summary
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mlx_fd.problems.sources import Question, names_with_truth
 from mlx_fd.runs.checkpoints import checkpoint_after
 from mlx_fd.runs.manifest import check_same
 from mlx_fd.runs.plan import make_plan
-from mlx_fd.runs.records import EstimateRow
+from mlx_fd.runs.records.parts import EstimateRow
 
 # Measures of the examination that are objectives; more of them is better, and all are shares.
 EXAM_MEASURES = ("first_error_f1", "solved")

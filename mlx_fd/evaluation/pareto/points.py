@@ -12,7 +12,7 @@ from mlx_fd.evaluation.pareto.names import ACCURACY
 from mlx_fd.evaluation.pareto.thresholds import Look, Stop, replay
 from mlx_fd.feedback.gate import SETTLED_OBSERVATIONS
 from mlx_fd.problems.kinds import known
-from mlx_fd.runs.records import EstimateRow
+from mlx_fd.runs.records.parts import EstimateRow
 from mlx_fd.runs.summary import wilson
 
 

@@ -22,7 +22,8 @@ from mlx_fd.errors import UserError
 from mlx_fd.evaluation.pareto.choice import gated
 from mlx_fd.files import check_way
 from mlx_fd.runs.checked import ChangedFile, read_checked
-from mlx_fd.runs.records import ParetoFile, ParetoPointRow, RealStopRow, Summary
+from mlx_fd.runs.records.pareto import ParetoFile, ParetoPointRow, RealStopRow
+from mlx_fd.runs.records.summary import Summary
 
 FOLDER = "sweep"
 _POLL_SECONDS = 0.2

@@ -63,7 +63,8 @@ def load_back(source: Source, folder: Path, form: Form) -> Loaded:
         UserError: its tokenizer splits text otherwise than the model's.
     """
     from mlx_fd.export.verify import role_chat
-    from mlx_fd.models.loading import load, open_tokenizer
+    from mlx_fd.models.loading import load
+    from mlx_fd.models.tokenizer import open_tokenizer
 
     back = load(folder)
     tokenizer, _ = open_tokenizer(source.ref.model, back.config)
@@ -133,7 +134,7 @@ print(np.tanh(head["weight"] @ hidden + head["bias"]).item())  # from -1, harmfu
 
 def _ends(source: Source) -> tuple[int, ...]:
     """The tokens that end the model's turns."""
-    from mlx_fd.models.loading import open_tokenizer, read_end_tokens
+    from mlx_fd.models.tokenizer import open_tokenizer, read_end_tokens
 
     template, model = source.ref.template, source.ref.model
     if template is not None and template.end_tokens:

@@ -25,20 +25,14 @@ from mlx_fd.problems import Problem
 from mlx_fd.problems.kinds import are_graded, form_of, known
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.events import Event, Step, Warned
-from mlx_fd.runs.records import AttemptRow, SelfMetricsRow
+from mlx_fd.runs.records.self_distillation import AttemptRow, SelfMetricsRow
 from mlx_fd.runs.self_distillation_summary import (
     WRONG,
     attempts_summary,
     expert_answers,
     students_own,
 )
-from mlx_fd.training.checkpoint import (
-    RunState,
-    finite,
-    stop_row,
-    update_row,
-    with_probe,
-)
+from mlx_fd.training.checkpoint import RunState, finite, stop_row, update_row, with_probe
 from mlx_fd.training.diverged import check_weights, diverged
 from mlx_fd.training.selfdistill.combination import EXPERT, SELF, TRUTH
 from mlx_fd.training.selfdistill.contexts import CONTEXTS, Attempt, Materials, View

@@ -15,14 +15,9 @@ from mlx_fd.problems.kinds import are_graded, form_of, known
 from mlx_fd.problems.prompts import answer_prompt
 from mlx_fd.runs.checked import ChangedFile, read_checked, with_digest
 from mlx_fd.runs.events import Note, Probing, Warned
-from mlx_fd.runs.records import SelfHeadroomRow
-from mlx_fd.runs.self_distillation_summary import (
-    WRONG,
-)
-from mlx_fd.training.checkpoint import (
-    Records,
-    kept,
-)
+from mlx_fd.runs.records.self_distillation import SelfHeadroomRow
+from mlx_fd.runs.self_distillation_summary import WRONG
+from mlx_fd.training.checkpoint import Records, kept
 from mlx_fd.training.selfdistill.batch import Learner, Report, build_views, step_seeds
 from mlx_fd.training.selfdistill.rollouts import as_read, grade_answers, sample_rollouts
 

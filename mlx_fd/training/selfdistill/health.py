@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_fd.runs.records import HealthRow, PositionRow
+from mlx_fd.runs.records.self_distillation import HealthRow, PositionRow
 from mlx_fd.training.selfdistill.rollout_stats import OVERLAP_TOP_K, RolloutStats
 
 _FIRST_BIN = 8

@@ -21,20 +21,14 @@ from mlx.utils import tree_map
 from mlx_fd.config import Config, Method, TrainingOptions
 from mlx_fd.feedback.collate import concatenate_targets, micro_batches
 from mlx_fd.feedback.distill import Update, loss_scale, take_step
-from mlx_fd.losses.divergence import (
-    Target,
-    TopK,
-    fused_linear_divergences,
-    one_hot,
-)
+from mlx_fd.losses.divergence import Target, fused_linear_divergences
+from mlx_fd.losses.teacher import TopK, one_hot
 from mlx_fd.models import ranks
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.logit_transform import LogitSource
 from mlx_fd.training.selfdistill import objectives
 from mlx_fd.training.selfdistill.reading import final_states, read
-from mlx_fd.training.selfdistill.rollout_stats import (
-    RolloutStats,
-)
+from mlx_fd.training.selfdistill.rollout_stats import RolloutStats
 from mlx_fd.training.selfdistill.token_weights import (
     TokenWeights,
     echo_weights,

@@ -9,8 +9,9 @@ from typing import Any
 from mlx_fd.config import Config
 from mlx_fd.errors import UserError
 from mlx_fd.models.chat_template import ChatTemplate, check_conversation, fitted
-from mlx_fd.models.loading import check_can_think, open_template
+from mlx_fd.models.loading import check_can_think
 from mlx_fd.models.resolve import resolve
+from mlx_fd.models.tokenizer import open_template
 from mlx_fd.runs.manifest import manifest_of
 from mlx_fd.runs.plan import (
     Plan,

@@ -15,14 +15,8 @@ from mlx_fd.config import Method
 from mlx_fd.feedback.collate import collate_tokens, micro_batches
 from mlx_fd.feedback.samples import reader_fingerprint
 from mlx_fd.feedback.teacher_cache import TeacherCache
-from mlx_fd.losses.divergence import (
-    Compared,
-    TopK,
-    compare_distributions,
-    teacher_at,
-    teacher_top_k,
-    token_log_probabilities,
-)
+from mlx_fd.losses.comparison import Compared, compare_distributions, token_log_probabilities
+from mlx_fd.losses.teacher import TopK, teacher_at, teacher_top_k
 from mlx_fd.models import ranks
 from mlx_fd.models.loading import Loaded
 from mlx_fd.models.logit_transform import LogitSource

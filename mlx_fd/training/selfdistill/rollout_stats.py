@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_fd.losses.divergence import (
-    TopK,
-)
+from mlx_fd.losses.teacher import TopK
 from mlx_fd.models import ranks
 from mlx_fd.models.generation import first_prompt, with_thought
 from mlx_fd.models.loading import Loaded

@@ -22,12 +22,8 @@ from mlx_fd.models.checking import check_recompute
 from mlx_fd.models.student import read_trained
 from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import Note, Probed, Started, Warned
-from mlx_fd.runs.records import SelfSummary
-from mlx_fd.runs.self_distillation_summary import (
-    find_warnings,
-    held_out_share,
-    summarise,
-)
+from mlx_fd.runs.records.self_distillation import SelfSummary
+from mlx_fd.runs.self_distillation_summary import find_warnings, held_out_share, summarise
 from mlx_fd.training.checkpoint import (
     Done,
     Run,
@@ -53,11 +49,7 @@ from mlx_fd.training.selfdistill.batch import (
 from mlx_fd.training.selfdistill.headroom import initial_headroom, say_headroom
 from mlx_fd.training.selfdistill.playbook import Playbook
 from mlx_fd.training.selfdistill.reading import Expert, expert_cache
-from mlx_fd.training.selfdistill.teacher import (
-    TEACHER_WEIGHTS,
-    first_teacher,
-    keeps_teacher,
-)
+from mlx_fd.training.selfdistill.teacher import TEACHER_WEIGHTS, first_teacher, keeps_teacher
 
 
 def run(job: Job, models: Models) -> SelfSummary | None:
