@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_fd import runs
 from mlx_fd.config import Config, GateOptions, read
@@ -21,9 +20,6 @@ from mlx_fd.models import ranks
 from mlx_fd.models.resolve import parse_name
 from mlx_fd.runs.manifest import check_alike
 from mlx_fd.runs.plan import Plan, check_out
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextlib.contextmanager
