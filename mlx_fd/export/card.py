@@ -60,7 +60,7 @@ def write_card(
     Args:
         source: what was exported.
         form: as what.
-        student: the live student, ``None`` for a plain model.
+        student: the live student, or model with a score head; ``None`` for a plain model.
         agreement: what was written against the live model.
         kept: the live student against its base, where the weights were rounded.
         gguf: what the GGUF file holds.
@@ -151,7 +151,7 @@ def _origin(source: Source, student: Student | None) -> str:
             f"`{source.base}` with the mlx-lm adapter `{source.name}`, written by [mlx-fd]"
             "(https://github.com/mlx-fd/mlx-fd).\n"
         )
-    if student is None:
+    if student is None or source.ref.run is None:
         return (
             f"`{source.base}`, not trained further, written by [mlx-fd]"
             "(https://github.com/mlx-fd/mlx-fd).\n"

@@ -15,6 +15,7 @@ from mlx_fd.config import Config, read
 from mlx_fd.errors import UserError
 from mlx_fd.feedback.asking import derive_seed
 from mlx_fd.feedback.criticism import criticisms, feedback_request, head_score, parsed
+from mlx_fd.feedback.exported import head_beside, kind_of_answers, scoring
 from mlx_fd.models import fingerprint
 from mlx_fd.models.backend import backend
 from mlx_fd.models.chat_template import ChatTemplate, fitted
@@ -24,6 +25,7 @@ from mlx_fd.models.directory import ADAPTER_CONFIG, blaming
 from mlx_fd.models.generation import replied, said
 from mlx_fd.models.loading import Loaded, check_can_think, load, with_thinking
 from mlx_fd.models.resolve import resolve, why_changed
+from mlx_fd.models.score_head import ScoreHead
 from mlx_fd.models.storage import read_json
 from mlx_fd.models.student import (
     ADAPTER_WEIGHTS,
@@ -60,6 +62,7 @@ class ModelRef:
         thinking: whether it thinks before its feedback.
         answer_kind: of the answers that it was trained to judge.
         manifest: the run's.
+        head: the score head beside an exported model, or adapter.
     """
 
     model: Path
@@ -71,18 +74,29 @@ class ModelRef:
     thinking: ThinkingOptions = NOT_THINKING
     answer_kind: str = "number"
     manifest: Manifest | None = field(default=None, repr=False, compare=False)
+    head: ScoreHead | None = field(default=None, repr=False)
 
     @property
     def scores(self) -> bool:
         """Whether a score head was trained: in the loop, if one of its losses teaches it."""
         if self.config is None or self.config.self_distils:
-            return False
+            # Behind a thought it would read what it has not learned on.
+            return self.head is not None and not self.thinking.on
         return self.config.losses.trains_head
 
     @property
     def repetition_penalty(self) -> float:
         """That of its run's student; 1 for a model of no run."""
-        return 1.0 if self.config is None else self.config.generation.student_repetition_penalty
+        if self.config is None:
+            return 1.0 if self.head is None else self.head.repetition_penalty
+        return self.config.generation.student_repetition_penalty
+
+    @property
+    def feedback_tokens(self) -> int | None:
+        """The most tokens of a feedback in its run; ``None``: nothing says that."""
+        if self.config is None:
+            return None if self.head is None else self.head.max_tokens
+        return self.config.generation.max_feedback_tokens
 
     @property
     def chat(self) -> ChatTemplate | None:
@@ -133,7 +147,8 @@ def _locate_adapter(name: str, adapter: Path) -> ModelRef:
     folder = adapter.resolve()
     if not runs.is_run(folder.parents[1]):
         base = resolve(name or adapter_base(folder))
-        return ModelRef(base, adapter=folder, template=template_beside(folder, base))
+        template, head = template_beside(folder, base), head_beside(folder)
+        return ModelRef(base, adapter=folder, template=template, head=head)
     ref = _locate(str(folder))
     if name and resolve(name) != ref.model:
         raise UserError(
@@ -175,7 +190,8 @@ def locate_model(
 def _locate(name: str) -> ModelRef:
     checkpoint = _checkpoint(name)
     if checkpoint is None:
-        return ModelRef(resolve(name))
+        model = resolve(name)
+        return ModelRef(model, head=head_beside(model))
     checkpoint = checkpoint.resolve()
     folder = checkpoint.parents[1]
     if not runs.is_run(folder):
@@ -427,7 +443,7 @@ def open_student(
 
     Args:
         name: a run directory (its best checkpoint), one of its checkpoints, or a model's name; or
-            what :func:`locate_model` made of it.
+            what :func:`locate_model` made of it. An exported student scores, too.
         thinking: whether it thinks before its feedback; ``None``: as in its run; a model of no run
             does not.
         max_thinking_tokens: the most tokens of a thought, where ``thinking`` is given.
@@ -444,9 +460,9 @@ def open_student(
         check_can_think(ref.model, ref.template or open_template(ref.model))
     if ref.adapter is not None:
         loaded = _told(load(ref.model, template=ref.template), ref)
-        return Judge(ref, _with_adapter(loaded, ref.adapter), None)
+        return with_head(ref, _with_adapter(loaded, ref.adapter))
     if ref.checkpoint is None or ref.config is None:
-        return Judge(ref, _told(load(ref.model, template=ref.template), ref), None)
+        return with_head(ref, _told(load(ref.model, template=ref.template), ref))
     options = ref.config.models
     loaded = _told(load(ref.model, dequantize=options.dequantize, template=ref.template), ref)
     # The projection is not used here, but load_student wants its place: as wide as it was.
@@ -455,6 +471,18 @@ def open_student(
     load_student(student, ref.checkpoint)
     student.eval()
     return Judge(ref, dataclasses.replace(loaded, model=student.model), student)
+
+
+def with_head(ref: ModelRef, loaded: Loaded) -> Judge:
+    """A model of no run in memory, with the score head that is beside it.
+
+    Raises:
+        UserError: the head is another model's, or learned on other prompts.
+    """
+    if ref.head is None or not ref.scores:
+        return Judge(ref, loaded, None)
+    kind = kind_of_answers(ref.head, loaded)
+    return Judge(dataclasses.replace(ref, answer_kind=kind), loaded, scoring(ref.head, loaded))
 
 
 def _told(loaded: Loaded, ref: ModelRef) -> Loaded:

@@ -154,7 +154,9 @@ def _fingerprint(ref: ModelRef) -> str:
     run = ref.config or Config()
     adapter = None if ref.adapter_folder is None else adapter_hash(ref.adapter_folder, run)
     template = None if ref.template is None else ref.template.digest()
-    asked = [ref.answer_kind, run.models.dequantize]
+    asked: list[Any] = [ref.answer_kind, run.models.dequantize]
+    if ref.head is not None:
+        asked += [ref.head.weight.tolist(), ref.head.bias.tolist(), dict(ref.head.about)]
     return content_digest([content_hash(ref.model), adapter, template, *asked])
 
 

@@ -6,6 +6,7 @@ text of the chat around a problem and an answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,16 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_fd.errors import UserError
+from mlx_fd.models.directory import blaming
 from mlx_fd.models.gguf_reading import GgufFile
+from mlx_fd.models.student import read_trained
 
 SCORE_HEAD = "score_head.safetensors"
 KEY = "mlx_fd.score_head"
 # What is said beside the weights, all texts.
-ABOUT = ("score_at", "before", "between", "after", "max_tokens", "repetition_penalty")
+AROUND = ("before", "between", "after")
+ABOUT = ("score_at", *AROUND, "max_tokens", "repetition_penalty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,21 @@ class ScoreHead:
     bias: NDArray[np.float32]
     about: Mapping[str, str]
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a feedback."""
+        return int(self.about["max_tokens"])
+
+    @property
+    def repetition_penalty(self) -> float:
+        """With which a feedback is written."""
+        return float(self.about.get("repetition_penalty", 1))
+
+    @property
+    def around(self) -> dict[str, str]:
+        """The text of the prompt around problem and answer; empty where it is not known."""
+        return {name: self.about[name] for name in AROUND if name in self.about}
+
     def write(self, file: Path) -> None:
         """Write ``weight`` and ``bias`` as safetensors, the rest into their metadata."""
         arrays = {"weight": mx.array(self.weight), "bias": mx.array(self.bias)}
@@ -53,6 +73,32 @@ class ScoreHead:
             f"{KEY}.bias": float(self.bias[0]),
             **{f"{KEY}.{name}": value for name, value in self.about.items()},
         }
+
+
+def from_file(file: Path) -> ScoreHead:
+    """The score head that :meth:`ScoreHead.write` wrote.
+
+    Raises:
+        UserError: it cannot be read, or is no such head.
+    """
+    arrays = read_trained(file)
+    with blaming(f"{file}: cannot be read"):
+        read: Any = mx.load(str(file), format="safetensors", return_metadata=True)
+    about = {name: read[1][name] for name in ABOUT if name in read[1]}
+    weight, bias = (arrays.get(name, mx.zeros(())) for name in ("weight", "bias"))
+    if len(weight.shape) != 2 or len(weight) != 1 or bias.shape != (1,) or not _whole(about):
+        raise UserError(f"{file}: is no score head of mlx-fd; export the student again")
+    return ScoreHead(np.array(weight, dtype=np.float32), np.array(bias, dtype=np.float32), about)
+
+
+def _whole(about: Mapping[str, str]) -> bool:
+    """Whether it is said where a head reads, and behind what."""
+    most, penalty = about.get("max_tokens", ""), about.get("repetition_penalty", "1")
+    try:
+        usable = int(most) > 0 and 0 < float(penalty) < math.inf
+    except ValueError:
+        return False
+    return usable and about.get("score_at") in ("prompt", "own", "feedback")
 
 
 def from_gguf(file: GgufFile, width: int) -> ScoreHead | None:

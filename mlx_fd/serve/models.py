@@ -116,7 +116,7 @@ def open_served(
     """
     from mlx_fd.evaluation.target import Models, open_target
     from mlx_fd.feedback.criticism import feedback_request
-    from mlx_fd.feedback.judge import Judge, locate_model, open_student
+    from mlx_fd.feedback.judge import Judge, locate_model, open_student, with_head
     from mlx_fd.feedback.pair import with_draft
     from mlx_fd.models.context import context_length
     from mlx_fd.models.speculative import check_draft
@@ -145,7 +145,10 @@ def open_served(
         found = pair.expert
         scoring = pair.student if target.checkpoint is not None else None
         judge = Judge(ref, pair.student_lm, scoring)
-    form = KINDS[ref.answer_kind].form if ref.run is not None else None
+        if ref.run is None:
+            judge = with_head(ref, pair.student_lm)
+    known = ref.run is not None or judge.student is not None
+    form = KINDS[judge.ref.answer_kind].form if known else None
     paths: dict[str, Path] = {STUDENT: ref.model}
     if found is not None:
         paths[EXPERT] = found.path

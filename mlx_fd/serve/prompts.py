@@ -102,9 +102,9 @@ def ask_chat(
 
 def _judging(served: Served) -> int:
     """Tokens after the student's answer, with which it judges that."""
-    config = served.judge.ref.config
-    assert config is not None  # a score head is a run's
-    return len(feedback_request(served.student)) + config.generation.max_feedback_tokens
+    tokens = served.judge.ref.feedback_tokens
+    assert tokens is not None  # known of all that have a score head
+    return len(feedback_request(served.student)) + tokens
 
 
 def ask_completion(served: Served, request: CompletionRequest, limits: Limits) -> Asked:

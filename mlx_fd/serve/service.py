@@ -103,8 +103,7 @@ class Service:
     @property
     def feedback_tokens(self) -> int:
         """The most tokens of a feedback, likewise."""
-        config = self.served.judge.ref.config
-        tokens = _FEEDBACK_TOKENS if config is None else config.generation.max_feedback_tokens
+        tokens = self.served.judge.ref.feedback_tokens or _FEEDBACK_TOKENS
         return min(tokens, self.options.limits.max_tokens)
 
     async def aside(self, function: Callable[[], T]) -> T:

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from mlx_fd.models.backend import backend
 from support import ROOT, trained
@@ -18,10 +19,13 @@ backend()
 
 import mlx.core as mx  # noqa: E402
 
+from mlx_fd.cli.app import cli  # noqa: E402
 from mlx_fd.errors import UserError  # noqa: E402
 from mlx_fd.export.card import SCORE_EXAMPLE  # noqa: E402
 from mlx_fd.export.exporter import export  # noqa: E402
 from mlx_fd.export.form import Form  # noqa: E402
+from mlx_fd.export.score_head import score_head  # noqa: E402
+from mlx_fd.feedback.exported import kind_of_answers  # noqa: E402
 from mlx_fd.feedback.judge import give_feedback, locate_model, open_student  # noqa: E402
 from mlx_fd.models.gguf import convert  # noqa: E402
 from mlx_fd.models.resolve import resolve  # noqa: E402
@@ -44,6 +48,12 @@ def exported(run, **form):
     return folder
 
 
+def said(*command):
+    done = CliRunner().invoke(cli, list(map(str, command)), catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
 def printed(script, monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     capsys.readouterr()
@@ -61,6 +71,73 @@ def test_in_mlx_lm(run, monkeypatch, capsys):
     folder = exported(run, format="mlx")
     score = printed("score_mlx.py", monkeypatch, capsys, folder, f" {PROBLEM}\n", ANSWER)
     assert score == pytest.approx(wanted(run), abs=3e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_in_mlx_fd_as_in_its_run(run, adapter, tmp_path):
+    """On a second machine there is the export alone."""
+    folder = tmp_path / "student"
+    form = Form(
+        format="mlx", adapter=adapter, parity_problems=0, dtype=None if adapter else "float32"
+    )
+    export(str(run), folder, form, progress=lambda *_: None)
+    named = ["--adapter-path", folder] if adapter else [folder]
+    asked = ["--problem", PROBLEM, "--answer", ANSWER, "--json"]
+    here, there = (json.loads(said("feedback", *one, *asked)) for one in (named, [run]))
+    assert here == {**there, "head_score": pytest.approx(there["head_score"], abs=1e-5)}
+    file, out = tmp_path / "answers.jsonl", tmp_path / "judged.jsonl"
+    file.write_text(json.dumps({"problem": PROBLEM, "answer": ANSWER}) + "\n")
+    said("feedback", *named, "--problems", file, "--out", out)
+    assert json.loads(out.read_text())["head_score"] == here["head_score"]
+
+
+def test_an_export_that_is_exported_again_keeps_its_head(run, tmp_path):
+    first = tmp_path / "first"
+    export(str(run), first, Form(format="mlx", parity_problems=0), progress=print)
+    export(str(first), tmp_path / "again", Form(format="hf", parity_problems=0), progress=print)
+    heads = [
+        mx.load(str(folder / "score_head.safetensors"), return_metadata=True)
+        for folder in (first, tmp_path / "again")
+    ]
+    assert heads[0][1] == heads[1][1]
+    assert np.array_equal(np.array(heads[0][0]["weight"]), np.array(heads[1][0]["weight"]))
+    assert "score_head.safetensors` is a linear head" in (tmp_path / "again/README.md").read_text()
+
+
+def test_the_prompts_beside_a_head_say_which_answers_it_judges(run):
+    judge = open_student(str(run))
+    for kind in ("number", "choice", "code"):
+        ref = dataclasses.replace(judge.ref, answer_kind=kind)
+        assert kind_of_answers(score_head(ref, judge.student_lm), judge.student_lm) == kind
+
+
+def test_a_head_that_is_not_this_models_is_refused(run, tmp_path):
+    folder = tmp_path / "student"
+    export(str(run), folder, Form(format="mlx", parity_problems=0), progress=lambda *_: None)
+    file = folder / "score_head.safetensors"
+    arrays, about = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)  # before the file is written over
+
+    def refused(says, weight=arrays["weight"], **changes):
+        given = {**about, **changes}
+        mx.save_safetensors(str(file), {**arrays, "weight": weight}, metadata=given)
+        with pytest.raises(UserError, match=says):
+            open_student(folder)
+
+    refused("hidden states of 5 numbers", weight=mx.zeros((1, 5)))
+    refused("not finite", weight=arrays["weight"] * mx.inf)
+    refused("is no score head", weight=mx.zeros(5))
+    for name, value in (
+        *(("score_at", "nowhere"), ("max_tokens", "none"), ("max_tokens", "0")),
+        *(("repetition_penalty", "0"), ("repetition_penalty", "nan"), ("score_at", "")),
+    ):
+        refused("is no score head", **{name: value})
+    refused("other prompts", between=" and then ")
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="score_head"):
+        open_student(folder)
+    file.unlink()
+    assert open_student(folder).judge([(PROBLEM, ANSWER)], max_tokens=8)[0].head_score is None
 
 
 def test_what_the_students_penalty_made_of_its_feedback(tmp_path, monkeypatch, capsys):

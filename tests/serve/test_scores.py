@@ -14,9 +14,12 @@ from mlx_fd.evaluation.cascade import file
 from mlx_fd.evaluation.cascade.outcomes import outcomes
 from mlx_fd.evaluation.cascade.scores import ANSWER, HEAD, SCORES
 from mlx_fd.evaluation.target import open_target
-from mlx_fd.feedback.judge import locate_model
+from mlx_fd.export.exporter import export
+from mlx_fd.export.form import Form
+from mlx_fd.feedback.judge import locate_model, open_student
 from mlx_fd.models.conversation import Conversation
 from mlx_fd.models.writing import Sampling
+from mlx_fd.problems.kinds import KINDS
 from mlx_fd.serve.calibration import calibration_of, rule_of
 from mlx_fd.serve.engine import Engine, Written
 from mlx_fd.serve.judging import judge
@@ -50,6 +53,20 @@ def calibrated(tmp_path_factory):
         drawn = problems.load("arithmetic", "test").problems[:LIMIT]
         made = outcomes(bench, drawn, ANSWER, lambda step, done, count: None)
         yield run, drawn, made
+
+
+def test_an_exported_student_is_served_with_its_score_head(tmp_path):
+    run = make_run(tmp_path / "run", "tiny-student", score_at="own")
+    form = Form(format="mlx", dtype="float32", parity_problems=0)
+    export(str(run), tmp_path / "student", form, progress=lambda *_: None)
+    asked = [("2 + 3?", "#### 6")]
+    (wanted,) = open_student(run).judge(asked, max_tokens=16)
+    for expert in (None, "tiny"):
+        served = open_served(str(tmp_path / "student"), expert)
+        assert served.scores and served.form == KINDS["number"].form
+        (found,) = served.judge.judge(asked, max_tokens=16)
+        assert found.text == wanted.text
+        assert found.head_score == pytest.approx(wanted.head_score, abs=1e-5)
 
 
 def test_a_server_scores_and_passes_on_as_the_calibration_did(calibrated):
