@@ -157,6 +157,17 @@ def test_a_learner_in_a_browser(server, browser, look):
     check(page, QUESTION, RIGHT, "33")
     assert page.inner_text("#state") == "This looks right" and not page.is_visible("#help")
     assert "2 tries" in page.inner_text("#past")
+    # What is written while an attempt is checked is none of it.
+    held = {}
+    page.route("**/v1/tutor", lambda route: held.update(route=route))
+    with page.expect_request("**/v1/tutor"):
+        page.press("#steps", "Control+Enter")
+    page.fill("#steps", "later")
+    held["route"].continue_()
+    page.wait_for_function("() => !document.getElementById('check').disabled")
+    page.unroute("**/v1/tutor")
+    page.click("#past li:nth-child(1) button")
+    assert page.input_value("#steps") == RIGHT
     check(page, HOSTILE + QUESTION, HOSTILE, HOSTILE)
     assert page.evaluate("window.harmed") is None
     assert HOSTILE[:60] in page.inner_text("#marks")

@@ -106,17 +106,16 @@ function say(error) {
   part("error").textContent = error;
 }
 
-function note(problem, found) {
+// What was asked about: the learner may have written on meanwhile.
+function note(asked, found) {
   const list = kept();
-  const before = list.find((one) => one.problem === problem);
+  const before = list.find((one) => one.problem === asked.problem);
   const one = {
-    problem,
-    steps: part("steps").value,
-    final: part("final").value,
+    ...asked,
     tries: (before?.tries ?? 0) + 1,
     state: found.state,
   };
-  keep([one, ...list.filter((other) => other.problem !== problem)]);
+  keep([one, ...list.filter((other) => other.problem !== asked.problem)]);
 }
 
 function moved(score) {
@@ -207,8 +206,9 @@ async function ask(problem, attempt) {
 
 async function check() {
   const problem = part("problem").value.trim();
+  const steps = part("steps").value;
   const final = part("final").value.trim();
-  const attempt = part("steps").value + (final ? `\n#### ${final}` : "");
+  const attempt = steps + (final ? `\n#### ${final}` : "");
   if (!problem || !attempt.trim()) {
     say("Write the problem, and at least one step or your answer.");
     return;
@@ -219,7 +219,7 @@ async function check() {
   try {
     const found = await ask(problem, attempt);
     show(problem, found);
-    note(problem, found);
+    note({ problem, steps, final }, found);
   } catch (error) {
     if (error.name !== "AbortError") {
       say(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
