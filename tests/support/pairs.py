@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_fd import problems
@@ -42,9 +43,14 @@ PROMPTS = (
 )
 
 
-def make_home(folder: Path) -> None:
-    """``expert``, ``student`` and ``problems.jsonl``, for the command line."""
-    sizes = {"heads": 2, "kv_heads": 1, "tokenizer": make_tokenizer(whole=PROMPTS)}
+def make_home(folder: Path, whole: Sequence[str] = PROMPTS) -> None:
+    """``expert``, ``student`` and ``problems.jsonl``, for the command line.
+
+    Args:
+        folder: where.
+        whole: texts that are one token each.
+    """
+    sizes = {"heads": 2, "kv_heads": 1, "tokenizer": make_tokenizer(whole=whole)}
     make_model_dir(folder / "expert", hidden=32, intermediate=64, **sizes)
     make_model_dir(folder / "student", hidden=16, layers=1, intermediate=32, seed=1, **sizes)
     rows = [

@@ -17,7 +17,7 @@ from mlx_fd.problems.prompts import Answer, Feedback
 from mlx_fd.runs.events import Warned
 from mlx_fd.training import replay as replaying
 from mlx_fd.training.learner import Learner
-from mlx_fd.training.learning import _lag, _solutions
+from mlx_fd.training.learning import _lag, solutions_of
 from mlx_fd.training.probe import Headroom, Probe
 from mlx_fd.training.rehearsal import samples_again
 from mlx_fd.training.replay import Memory, Remembered, Replay, choose
@@ -155,10 +155,10 @@ def test_a_solution_that_overflowed_in_the_expert_is_not_learned_from(dirs, loss
         cache=None,
         memory=Memory(lambda lines: []),
     )
-    assert len(_solutions([finished], [0], learner)) == 1 and not events
+    assert len(solutions_of([finished], [0], learner)) == 1 and not events
     norm = pair.expert.model.model.norm
     norm.weight = mx.full(norm.weight.shape, math.inf)
-    assert len(_solutions([finished], [0], learner)) == kept
+    assert len(solutions_of([finished], [0], learner)) == kept
     assert [type(one) for one in events] == [Warned] * (1 - kept)
     assert kept or f"the logit loss on a right solution of {problem.id}" in str(events[0])
 
