@@ -9,6 +9,7 @@ import numpy as np
 from mlx_fd.feedback.exported import prompt_around
 from mlx_fd.models.score_head import ScoreHead
 from mlx_fd.models.student import HEADS, read_arrays
+from mlx_fd.models.template_sandbox import CLOCK
 from mlx_fd.problems.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def score_head(ref: ModelRef, live: Loaded) -> ScoreHead | None:
         # What it thinks comes between.
         **({} if ref.thinking.on else prompt_around(live, KINDS[ref.answer_kind].form)),
     }
+    if CLOCK in live.template.source:
+        about["date"] = live.template.date
     if ref.repetition_penalty != 1:
         about["repetition_penalty"] = str(ref.repetition_penalty)
     return ScoreHead(weight, bias, about)

@@ -59,8 +59,8 @@ def kind_of_answers(head: ScoreHead, loaded: Loaded) -> str:
             return kind
     raise UserError(
         f"{loaded.path}: its {SCORE_HEAD} has learned on other prompts than this mlx-fd and this "
-        "chat template make; export the student again with this version, or take the file out of "
-        "the folder"
+        "chat template make; export the student again with this version, give the run's "
+        "--chat-template-args, or take the file out of the folder"
     )
 
 

@@ -147,8 +147,9 @@ def _locate_adapter(name: str, adapter: Path) -> ModelRef:
     folder = adapter.resolve()
     if not runs.is_run(folder.parents[1]):
         base = resolve(name or adapter_base(folder))
-        template, head = template_beside(folder, base), head_beside(folder)
-        return ModelRef(base, adapter=folder, template=template, head=head)
+        return _with_head_beside(
+            ModelRef(base, adapter=folder, template=template_beside(folder, base)), folder
+        )
     ref = _locate(str(folder))
     if name and resolve(name) != ref.model:
         raise UserError(
@@ -191,7 +192,7 @@ def _locate(name: str) -> ModelRef:
     checkpoint = _checkpoint(name)
     if checkpoint is None:
         model = resolve(name)
-        return ModelRef(model, head=head_beside(model))
+        return _with_head_beside(ModelRef(model), model)
     checkpoint = checkpoint.resolve()
     folder = checkpoint.parents[1]
     if not runs.is_run(folder):
@@ -226,6 +227,14 @@ def _locate(name: str) -> ModelRef:
         answer_kind=kind,
         manifest=manifest,
     )
+
+
+def _with_head_beside(ref: ModelRef, folder: Path) -> ModelRef:
+    """With the score head in an export's folder, and the day on which it learned."""
+    head, template = head_beside(folder), ref.template
+    if head is not None and (day := head.about.get("date")):
+        template = dataclasses.replace(template or open_template(ref.model), date=day)
+    return dataclasses.replace(ref, template=template, head=head)
 
 
 def student_thinking(config: Config) -> ThinkingOptions:

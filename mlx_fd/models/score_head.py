@@ -6,6 +6,7 @@ text of the chat around a problem and an answer.
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ SCORE_HEAD = "score_head.safetensors"
 KEY = "mlx_fd.score_head"
 # What is said beside the weights, all texts.
 AROUND = ("before", "between", "after")
-ABOUT = ("score_at", *AROUND, "max_tokens", "repetition_penalty")
+ABOUT = ("score_at", *AROUND, "date", "max_tokens", "repetition_penalty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ class ScoreHead:
         about: of :data:`ABOUT`: ``score_at``, where it reads (``prompt``: at the prompt's last
             token; ``own``, ``feedback``: where the feedback's last token is predicted);
             ``before``, ``between`` and ``after``, the text of the prompt around problem and answer,
-            missing where no such three texts make it; ``max_tokens``, the most of a feedback;
+            missing where no such three texts make it; ``date``, the day in them, ``YYYY-MM-DD``,
+            missing where the chat template prints none; ``max_tokens``, the most of a feedback;
             ``repetition_penalty``, with which it is written, missing where that is 1.
     """
 
@@ -96,6 +98,7 @@ def _whole(about: Mapping[str, str]) -> bool:
     most, penalty = about.get("max_tokens", ""), about.get("repetition_penalty", "1")
     try:
         usable = int(most) > 0 and 0 < float(penalty) < math.inf
+        datetime.date.fromisoformat(about.get("date", "2000-01-01"))
     except ValueError:
         return False
     return usable and about.get("score_at") in ("prompt", "own", "feedback")

@@ -91,6 +91,34 @@ def test_in_mlx_fd_as_in_its_run(run, adapter, tmp_path):
     assert json.loads(out.read_text())["head_score"] == here["head_score"]
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_template_that_prints_the_date_prints_that_of_the_training(adapter, tmp_path):
+    model = shutil.copytree(resolve("tiny-student"), tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }} " + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = trained.make_run(tmp_path / "run", model, score_at="own", template_date="2025-03-04")
+    export(
+        str(run),
+        tmp_path / "student",
+        Form(format="mlx", adapter=adapter, parity_problems=0, base_model=None),
+        progress=print,
+    )
+    ref = locate_model("", tmp_path / "student") if adapter else tmp_path / "student"
+    there, here = (
+        open_student(one).judge([(PROBLEM, ANSWER)], max_tokens=16)[0] for one in (run, ref)
+    )
+    assert here.head_score == pytest.approx(there.head_score, abs=1e-3)
+    file = tmp_path / "student" / "score_head.safetensors"
+    arrays, about = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    assert about["date"] == "2025-03-04" and "04 Mar 2025" in about["before"]
+    for day, says in (("2025-03-05", "other prompts"), ("04 Mar", "no score head")):
+        mx.save_safetensors(str(file), arrays, metadata={**about, "date": day})
+        with pytest.raises(UserError, match=says):
+            open_student(locate_model("", tmp_path / "student") if adapter else ref)
+
+
 def test_an_export_that_is_exported_again_keeps_its_head(run, tmp_path):
     first = tmp_path / "first"
     export(str(run), first, Form(format="mlx", parity_problems=0), progress=print)
