@@ -48,7 +48,7 @@ def mlx_fd(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("models")
-    make_home(folder)
+    make_home(folder, whole=())  # of which a sweep has several points
     named = [("--expert", "expert"), ("--student", "student"), ("--problems", "problems.jsonl")]
     return [word for flag, name in named for word in (flag, str(folder / name))]
 
