@@ -183,7 +183,7 @@ def _run(program: str, wanted: str = "") -> list[str] | None:
         tempfile.TemporaryFile() as said,
     ):
         process = subprocess.Popen(
-            [*_prefix(folder), sys.executable, "-I", str(_WORKER)],
+            [*_prefix(folder), sys.executable, "-I", "-B", str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=subprocess.DEVNULL,

@@ -63,6 +63,7 @@ def test_a_cache_on_a_full_disk(tmp_path, monkeypatch):
     import resource
 
     monkeypatch.setenv("MLX_FD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut off, too
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:

@@ -421,7 +421,8 @@ def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
     least = (path / "tokenizer.json").stat().st_size + 1
     program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({least}, {least}))"
     done = subprocess.run(
-        [sys.executable, "-c", program + PROGRAM, f"{path}:layers=1"],
+        # Bytecode would be cut off, too.
+        [sys.executable, "-B", "-c", program + PROGRAM, f"{path}:layers=1"],
         env={**os.environ, "MLX_FD_CACHE": str(tmp_path / "own")},
         capture_output=True,
         text=True,

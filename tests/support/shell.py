@@ -265,6 +265,9 @@ def _start_forks() -> dict[str, str]:
 
 def limit_file_size(size: int) -> None:
     """Let no file grow beyond this many bytes: the disk that is full."""
+    # Python writes bytecode without looking whether all of it was written.
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
