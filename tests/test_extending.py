@@ -396,7 +396,13 @@ def test_a_source_that_knows_the_truth_criticises_and_is_judged(added):
     (view,) = CONTEXTS["reflection"].views([wrong], Materials(truth=True))
     assert "it is 7: a slip." in view.teacher
 
-    given = {"critic": "truth", "method": "custom", "student": "tiny-student", "gate": "always"}
+    given = {
+        "critic": "truth",
+        "context": "step-critique",
+        "method": "custom",
+        "student": "tiny-student",
+        "gate": "always",
+    }
     check_combination(override(Config(), {**given, "problems": "sums"}, "test"))
     with pytest.raises(
         UserError, match="for --problems arithmetic or arithmetic-hard or sums only"
