@@ -48,20 +48,16 @@ def prompt_around(loaded: Loaded, form: Form) -> dict[str, str]:
     return {"before": before, "between": between, "after": after}
 
 
-def kind_of_answers(head: ScoreHead, loaded: Loaded) -> str:
+def kind_of_answers(head: ScoreHead, loaded: Loaded) -> str | None:
     """The kind of the answers that a head learned to judge: whose prompts are those beside it.
 
-    Raises:
-        UserError: of no kind are they; what the head made of others would mean nothing.
+    ``None``: the chat template, or a variable of it, is another one than in the training, and what
+    the head made of its prompts would mean nothing.
     """
     for kind in KINDS:
         if prompt_around(loaded, KINDS[kind].form) == head.around:
             return kind
-    raise UserError(
-        f"{loaded.path}: its {SCORE_HEAD} has learned on other prompts than this mlx-fd and this "
-        "chat template make; export the student again with this version, give the run's "
-        "--chat-template-args, or take the file out of the folder"
-    )
+    return None
 
 
 def scoring(head: ScoreHead, loaded: Loaded) -> Student:

@@ -486,12 +486,13 @@ def with_head(ref: ModelRef, loaded: Loaded) -> Judge:
     """A model of no run in memory, with the score head that is beside it.
 
     Raises:
-        UserError: the head is another model's, or learned on other prompts.
+        UserError: the head is another model's.
     """
-    if ref.head is None or not ref.scores:
-        return Judge(ref, loaded, None)
-    kind = kind_of_answers(ref.head, loaded)
-    return Judge(dataclasses.replace(ref, answer_kind=kind), loaded, scoring(ref.head, loaded))
+    head = ref.head if ref.scores else None
+    kind = None if head is None else kind_of_answers(head, loaded)
+    if head is None or kind is None:
+        return Judge(dataclasses.replace(ref, head=None), loaded, None)
+    return Judge(dataclasses.replace(ref, answer_kind=kind), loaded, scoring(head, loaded))
 
 
 def _told(loaded: Loaded, ref: ModelRef) -> Loaded:

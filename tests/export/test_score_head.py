@@ -113,10 +113,9 @@ def test_a_template_that_prints_the_date_prints_that_of_the_training(adapter, tm
     arrays, about = mx.load(str(file), return_metadata=True)
     mx.eval(arrays)
     assert about["date"] == "2025-03-04" and "04 Mar 2025" in about["before"]
-    for day, says in (("2025-03-05", "other prompts"), ("04 Mar", "no score head")):
-        mx.save_safetensors(str(file), arrays, metadata={**about, "date": day})
-        with pytest.raises(UserError, match=says):
-            open_student(locate_model("", tmp_path / "student") if adapter else ref)
+    mx.save_safetensors(str(file), arrays, metadata={**about, "date": "04 Mar"})
+    with pytest.raises(UserError, match="no score head"):
+        locate_model("", tmp_path / "student") if adapter else open_student(ref)
 
 
 def test_an_export_that_is_exported_again_keeps_its_head(run, tmp_path):
@@ -160,7 +159,9 @@ def test_a_head_that_is_not_this_models_is_refused(run, tmp_path):
         *(("repetition_penalty", "0"), ("repetition_penalty", "nan"), ("score_at", "")),
     ):
         refused("is no score head", **{name: value})
-    refused("other prompts", between=" and then ")
+    mx.save_safetensors(str(file), arrays, metadata={**about, "between": " and then "})
+    # Of other prompts than it learned on it says nothing.
+    assert open_student(folder).judge([(PROBLEM, ANSWER)], max_tokens=8)[0].head_score is None
     file.write_bytes(b"")
     with pytest.raises(UserError, match="score_head"):
         open_student(folder)

@@ -171,7 +171,8 @@ def test_a_whole_export_has_the_trained_template(run: Path, tmp_path: Path, form
         tokenize=False,
         style="Be brief",
     ) == PROMPT.replace("28 November 2026", today)
-    assert prompt(done.folder).startswith("<|im_start|>Today is 26 July 2024. <|im_start|>user")
+    # Here it is the day of the training, which stands beside the score head.
+    assert prompt(done.folder).startswith("<|im_start|>Today is 28 November 2026. <|im_start|>user")
     card = (done.folder / "README.md").read_text()
     assert '--chat-template-config \'{"style": "Be brief"}\'' in card
     assert "prints the date; here it was 2026-11-28" in card
@@ -206,7 +207,7 @@ def test_an_adapter_has_the_trained_template_beside_it(
     assert ref.template is not None and ref.template.end_tokens == (399,)
     target = open_target("", None, done.folder, template_kwargs={"style": "Be brief"})
     asked = target.template.render(["Hi"])
-    assert asked == PROMPT.replace("28 November 2026", "26 July 2024")
+    assert asked == PROMPT
     (done.folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
     with pytest.raises(UserError, match=r"chat_template\.jinja: its chat template leaves out"):
         locate_model("", done.folder)
