@@ -302,6 +302,18 @@ def seconds_of(metrics: Sequence[BatchMetricsRow], beside: Mapping[str, float]) 
     return {**{name: round(value, 1) for name, value in beside.items()}, "total": round(total, 1)}
 
 
+def not_said_yet(found: Mapping[str, str], said: set[str]) -> list[str]:
+    """Warnings, each kind of them once in a run.
+
+    Args:
+        found: text by kind of trouble.
+        said: the kinds of which the user knows; those that are new are added.
+    """
+    new = {kind: text for kind, text in found.items() if kind not in said}
+    said.update(new)
+    return list(new.values())
+
+
 def find_warnings(episodes: Sequence[EpisodeRow]) -> dict[str, str]:
     """What a user should know of the last episodes, by kind of trouble; mostly empty."""
     if len(episodes) < ENOUGH:

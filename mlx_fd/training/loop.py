@@ -34,7 +34,7 @@ from mlx_fd.runs.records.episodes import EpisodeRow, LoggedSampleRow
 from mlx_fd.runs.records.parts import BeforeAfterRow
 from mlx_fd.runs.records.self_distillation import SelfSummary
 from mlx_fd.runs.records.summary import Summary, TopKRow
-from mlx_fd.runs.summary import find_warnings, summarise
+from mlx_fd.runs.summary import find_warnings, not_said_yet, summarise
 from mlx_fd.training.batch import Begun, overlaps, run_batch
 from mlx_fd.training.checkpoint import (
     Done,
@@ -178,8 +178,6 @@ def run(
             ]
             logs[runs.SAMPLES] = texts
         recent = [*recent, *result.rows][-_WATCHED:]
-        new = {kind: text for kind, text in find_warnings(recent).items() if kind not in warned}
-        warned.update(new)
         return Done(
             state=result.state,
             logs=logs,
@@ -187,7 +185,7 @@ def run(
             metrics=result.metrics,
             done=epoch * len(problems) + min((index + 1) * size, len(problems)),
             total=config.training.epochs * len(problems),
-            warnings=list(new.values()),
+            warnings=not_said_yet(find_warnings(recent), warned),
             ahead=ahead is not None,
         )
 

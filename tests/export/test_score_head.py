@@ -42,8 +42,8 @@ def run(request, tmp_path_factory):
     return trained.make_run(folder / "run", "tiny-student", score_at=request.param)
 
 
-def exported(run, **form):
-    folder = run.parent / form["format"]
+def exported(run, folder=None, **form):
+    folder = folder or run.parent / form["format"]
     export(str(run), folder, Form(parity_problems=0, **form), progress=lambda *_: None)
     return folder
 
@@ -76,11 +76,8 @@ def test_in_mlx_lm(run, monkeypatch, capsys):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_in_mlx_fd_as_in_its_run(run, adapter, tmp_path):
     """On a second machine there is the export alone."""
-    folder = tmp_path / "student"
-    form = Form(
-        format="mlx", adapter=adapter, parity_problems=0, dtype=None if adapter else "float32"
-    )
-    export(str(run), folder, form, progress=lambda *_: None)
+    dtype = None if adapter else "float32"
+    folder = exported(run, tmp_path / "student", format="mlx", adapter=adapter, dtype=dtype)
     named = ["--adapter-path", folder] if adapter else [folder]
     asked = ["--problem", PROBLEM, "--answer", ANSWER, "--json"]
     here, there = (json.loads(said("feedback", *one, *asked)) for one in (named, [run]))
@@ -98,12 +95,7 @@ def test_a_template_that_prints_the_date_prints_that_of_the_training(adapter, tm
     settings["chat_template"] = "{{ strftime_now('%d %b %Y') }} " + settings["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     run = trained.make_run(tmp_path / "run", model, score_at="own", template_date="2025-03-04")
-    export(
-        str(run),
-        tmp_path / "student",
-        Form(format="mlx", adapter=adapter, parity_problems=0, base_model=None),
-        progress=print,
-    )
+    exported(run, tmp_path / "student", format="mlx", adapter=adapter)
     ref = locate_model("", tmp_path / "student") if adapter else tmp_path / "student"
     there, here = (
         open_student(one).judge([(PROBLEM, ANSWER)], max_tokens=16)[0] for one in (run, ref)
@@ -119,9 +111,8 @@ def test_a_template_that_prints_the_date_prints_that_of_the_training(adapter, tm
 
 
 def test_an_export_that_is_exported_again_keeps_its_head(run, tmp_path):
-    first = tmp_path / "first"
-    export(str(run), first, Form(format="mlx", parity_problems=0), progress=print)
-    export(str(first), tmp_path / "again", Form(format="hf", parity_problems=0), progress=print)
+    first = exported(run, tmp_path / "first", format="mlx")
+    exported(first, tmp_path / "again", format="hf")
     heads = [
         mx.load(str(folder / "score_head.safetensors"), return_metadata=True)
         for folder in (first, tmp_path / "again")
@@ -139,8 +130,7 @@ def test_the_prompts_beside_a_head_say_which_answers_it_judges(run):
 
 
 def test_a_head_that_is_not_this_models_is_refused(run, tmp_path):
-    folder = tmp_path / "student"
-    export(str(run), folder, Form(format="mlx", parity_problems=0), progress=lambda *_: None)
+    folder = exported(run, tmp_path / "student", format="mlx")
     file = folder / "score_head.safetensors"
     arrays, about = mx.load(str(file), return_metadata=True)
     mx.eval(arrays)  # before the file is written over

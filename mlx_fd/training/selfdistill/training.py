@@ -24,6 +24,7 @@ from mlx_fd.runs.checkpoints import Checkpoint
 from mlx_fd.runs.events import Note, Probed, Started, Warned
 from mlx_fd.runs.records.self_distillation import SelfSummary
 from mlx_fd.runs.self_distillation_summary import find_warnings, held_out_share, summarise
+from mlx_fd.runs.summary import not_said_yet
 from mlx_fd.training.checkpoint import (
     Done,
     Run,
@@ -137,9 +138,7 @@ def run(job: Job, models: Models) -> SelfSummary | None:
         ]
         vocab = models.student_lm.vocab
         found = find_warnings(metrics_so_far, held_out, config.training.lora_rate, vocab)
-        new = {kind: text for kind, text in found.items() if kind not in warned}
-        warned.update(new)
-        return list(new.values())
+        return not_said_yet(found, warned)
 
     def batch(state: RunState) -> Done:
         epoch, index = divmod(state.batch, batches)
