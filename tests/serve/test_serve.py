@@ -307,10 +307,11 @@ def test_logs_have_no_texts_and_metrics_add_up(server):
         async with server.client() as client:
             return await asyncio.gather(*(ask(client, one, model="cascade") for one in asked))
 
-    said = [reply.mlx_fd for reply in asyncio.run(all_of())]
-    line = server.lines()[-1]
-    assert line["path"] == "/v1/chat/completions"
-    assert line["answered_by"] in ("student", "expert")
+    replies = asyncio.run(all_of())
+    said = [reply.mlx_fd for reply in replies]
+    for line in [server.line(reply._request_id) for reply in replies]:
+        assert line["path"] == "/v1/chat/completions"
+        assert line["answered_by"] in ("student", "expert")
     assert asked[0] not in server.log.read_text()
     after = metrics(server)
     # With the feedback that the student writes for its score.
@@ -350,12 +351,17 @@ def test_what_nobody_waits_for_and_feedback_are_in_the_metrics(server):
 
 def test_a_log_line_says_why_a_request_was_refused(server):
     """Also where its body could be read, and of a field that stands there twice."""
-    body = b'{"model": "student", "max_tokens": 2, "max_tokens": 3}'
-    found = asyncio.run(exchange(server.port, post("/v1/chat/completions", body)))
-    assert b"'max_tokens' twice" in found
-    asyncio.run(exchange(server.port, post("/v1/chat/completions", b'{"model": "student"}')))
-    errors = [(line["status"], line["error"]) for line in server.lines()[-2:]]
-    assert errors == [(400, "invalid_value"), (400, "missing_required_parameter")]
+    twice = b'{"model": "student", "max_tokens": 2, "max_tokens": 3}'
+    errors = {
+        twice: (400, "invalid_value"),
+        b'{"model": "student"}': (400, "missing_required_parameter"),
+    }
+    for body, error in errors.items():
+        found = asyncio.run(exchange(server.port, post("/v1/chat/completions", body)))
+        assert (b"'max_tokens' twice" in found) == (body == twice)
+        [number] = re.findall(r"x-request-id: (\w+)", found.decode())
+        line = server.line(number)
+        assert (line["status"], line["error"]) == error
 
 
 def test_with_a_draft_the_expert_says_the_same(run, tmp_path):

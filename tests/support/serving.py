@@ -66,6 +66,14 @@ class Server:
         text = self.log.read_text()
         return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
+    def line(self, request: str) -> dict[str, Any]:
+        """What it logged of a request, by its ``x-request-id``: it does so after its reply."""
+        deadline = time.monotonic() + 20
+        while not (found := [line for line in self.lines() if line.get("id") == request]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return found[0]
+
     def memory(self) -> int:
         """Bytes that its process has in memory (Linux)."""
         fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
