@@ -27,7 +27,7 @@ from mlx_fd.errors import UserError
 from mlx_fd.text import strip_control_chars
 
 if TYPE_CHECKING:
-    from mlx_fd.feedback.judge import ModelRef
+    from mlx_fd.feedback.judge import Judge, ModelRef
 
 
 @click.command(
@@ -169,6 +169,16 @@ class _Named:
         return replace(ref, thinking=replace(ref.thinking, on=on, limit=limit))
 
 
+def _open(ref: ModelRef) -> Judge:
+    """A student in memory, and a word where it does not score with all that it has."""
+    from mlx_fd.feedback.judge import open_student
+
+    judge = open_student(ref)
+    if judge.left_out:
+        click.echo(f"warning: {judge.left_out}", err=True)
+    return judge
+
+
 def _one(
     model: _Named, asked: tuple[str, str], tokens: int, temperature: float, as_json: bool
 ) -> None:
@@ -176,12 +186,12 @@ def _one(
     if problem == answer == "-":
         raise UserError("--problem - and --answer -: only one of them can be standard input")
     question, text = text_of(problem, "--problem"), text_of(answer, "--answer")
-    from mlx_fd.feedback.judge import check_lengths, give_feedback, open_student
+    from mlx_fd.feedback.judge import check_lengths, give_feedback
     from mlx_fd.feedback.judge_file import judged_columns
 
     ref = model.locate()
     check_lengths(ref.model, [(question, text)], tokens + ref.thinking.tokens, "--tokens")
-    found = judged_columns(give_feedback(open_student(ref), question, text, tokens, temperature))
+    found = judged_columns(give_feedback(_open(ref), question, text, tokens, temperature))
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -213,7 +223,7 @@ def _file(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from mlx_fd.feedback.judge import check_lengths, open_student
+    from mlx_fd.feedback.judge import check_lengths
     from mlx_fd.feedback.judge_file import (
         RESERVED,
         Judging,
@@ -242,7 +252,7 @@ def _file(
         with bar:
             task = bar.add_task("answers judged", total=len(answers.rows))
             rows = judge_file(
-                lambda: open_student(ref),
+                lambda: _open(ref),
                 ref,
                 answers,
                 out,

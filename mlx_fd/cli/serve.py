@@ -14,6 +14,7 @@ from mlx_fd.cli.options import (
     Number,
     PathType,
     debug_option,
+    given_on_command_line,
     json_option,
     quiet_option,
     thinking_options,
@@ -241,6 +242,8 @@ def serve(
     )
     if keep is not None and keep.suffix.lower() != ".jsonl":
         raise UserError(f"--keep {keep}: the name must end in .jsonl, for mlx-fd loop to read it")
+    if keep is None and given_on_command_line(("keep_most",)):
+        raise UserError("--keep-most has no effect without --keep FILE; add it, or leave this out")
     options = Options(
         student=student,
         expert=expert,
@@ -282,6 +285,8 @@ def _said(service: Service, address: str) -> dict[str, Any]:
         said["threshold_by"] = rule.source
     said["api_key"] = "needed" if service.options.key else "none (this machine only)"
     said["kept"] = _kept(service)
+    if service.served.judge.left_out:
+        said["warning"] = service.served.judge.left_out
     return said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,8 @@ def score_head(ref: ModelRef, live: Loaded) -> ScoreHead | None:
     }
     if CLOCK in live.template.source:
         about["date"] = live.template.date
+    if ref.template is not None and ref.template.kwargs:
+        about["template_kwargs"] = json.dumps(ref.template.kwargs)
     if ref.repetition_penalty != 1:
         about["repetition_penalty"] = str(ref.repetition_penalty)
     return ScoreHead(weight, bias, about)

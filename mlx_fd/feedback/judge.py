@@ -230,10 +230,12 @@ def _locate(name: str) -> ModelRef:
 
 
 def _with_head_beside(ref: ModelRef, folder: Path) -> ModelRef:
-    """With the score head in an export's folder, and the day on which it learned."""
+    """With the score head in an export's folder, and what the template was given as it learned."""
     head, template = head_beside(folder), ref.template
     if head is not None and (day := head.about.get("date")):
         template = dataclasses.replace(template or open_template(ref.model), date=day)
+    if head is not None and (given := head.template_kwargs):
+        template = fitted((template or open_template(ref.model)).with_kwargs(**given))
     return dataclasses.replace(ref, template=template, head=head)
 
 
@@ -270,11 +272,13 @@ class Judge:
         ref: where it came from.
         student_lm: the language model with its tokenizer.
         student: the student around it; ``None`` for a plain model.
+        left_out: a sentence on why a score head that is beside it is not used; empty: none is.
     """
 
     ref: ModelRef
     student_lm: Loaded
     student: Student | None
+    left_out: str = ""
 
     def judge(
         self,
@@ -490,8 +494,14 @@ def with_head(ref: ModelRef, loaded: Loaded) -> Judge:
     """
     head = ref.head if ref.scores else None
     kind = None if head is None else kind_of_answers(head, loaded)
-    if head is None or kind is None:
+    if head is None:
         return Judge(dataclasses.replace(ref, head=None), loaded, None)
+    if kind is None:
+        why = (
+            f"{ref.adapter or ref.model}: its score head learned on other prompts than this chat "
+            "template writes, and is left out; there is the written score alone"
+        )
+        return Judge(dataclasses.replace(ref, head=None), loaded, None, why)
     return Judge(dataclasses.replace(ref, answer_kind=kind), loaded, scoring(head, loaded))
 
 

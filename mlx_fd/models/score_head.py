@@ -7,6 +7,7 @@ text of the chat around a problem and an answer.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ SCORE_HEAD = "score_head.safetensors"
 KEY = "mlx_fd.score_head"
 # What is said beside the weights, all texts.
 AROUND = ("before", "between", "after")
-ABOUT = ("score_at", *AROUND, "date", "max_tokens", "repetition_penalty")
+ABOUT = ("score_at", *AROUND, "date", "template_kwargs", "max_tokens", "repetition_penalty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class ScoreHead:
             token; ``own``, ``feedback``: where the feedback's last token is predicted);
             ``before``, ``between`` and ``after``, the text of the prompt around problem and answer,
             missing where no such three texts make it; ``date``, the day in them, ``YYYY-MM-DD``,
-            missing where the chat template prints none; ``max_tokens``, the most of a feedback;
+            missing where the chat template prints none; ``template_kwargs``, its further variables
+            as JSON, missing where there were none; ``max_tokens``, the most of a feedback;
             ``repetition_penalty``, with which it is written, missing where that is 1.
     """
 
@@ -57,6 +59,12 @@ class ScoreHead:
     def repetition_penalty(self) -> float:
         """With which a feedback is written."""
         return float(self.about.get("repetition_penalty", 1))
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Further variables of the chat template."""
+        found: dict[str, Any] = json.loads(self.about.get("template_kwargs", "{}"))
+        return found
 
     @property
     def around(self) -> dict[str, str]:
@@ -99,6 +107,7 @@ def _whole(about: Mapping[str, str]) -> bool:
     try:
         usable = int(most) > 0 and 0 < float(penalty) < math.inf
         datetime.date.fromisoformat(about.get("date", "2000-01-01"))
+        usable &= isinstance(json.loads(about.get("template_kwargs", "{}")), dict)
     except ValueError:
         return False
     return usable and about.get("score_at") in ("prompt", "own", "feedback")

@@ -48,10 +48,14 @@ def exported(run, folder=None, **form):
     return folder
 
 
-def said(*command):
+def ran(*command):
     done = CliRunner().invoke(cli, list(map(str, command)), catch_exceptions=False)
     assert done.exit_code == 0
-    return done.stdout
+    return done
+
+
+def said(*command):
+    return ran(*command).stdout
 
 
 def printed(script, monkeypatch, capsys, *arguments):
@@ -89,12 +93,14 @@ def test_in_mlx_fd_as_in_its_run(run, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_template_that_prints_the_date_prints_that_of_the_training(adapter, tmp_path):
+def test_a_template_prints_the_date_and_the_variables_of_the_training(adapter, tmp_path):
     model = shutil.copytree(resolve("tiny-student"), tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }} " + settings["chat_template"]
+    before = "{{ strftime_now('%d %b %Y') }} {{ style }} "
+    settings["chat_template"] = before + settings["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    run = trained.make_run(tmp_path / "run", model, score_at="own", template_date="2025-03-04")
+    given = {"template_date": "2025-03-04", "chat_template_kwargs": {"style": "Be brief"}}
+    run = trained.make_run(tmp_path / "run", model, score_at="own", **given)
     exported(run, tmp_path / "student", format="mlx", adapter=adapter)
     ref = locate_model("", tmp_path / "student") if adapter else tmp_path / "student"
     there, here = (
@@ -104,7 +110,8 @@ def test_a_template_that_prints_the_date_prints_that_of_the_training(adapter, tm
     file = tmp_path / "student" / "score_head.safetensors"
     arrays, about = mx.load(str(file), return_metadata=True)
     mx.eval(arrays)
-    assert about["date"] == "2025-03-04" and "04 Mar 2025" in about["before"]
+    assert about["before"].startswith("04 Mar 2025 Be brief ")
+    assert (about["date"], about["template_kwargs"]) == ("2025-03-04", '{"style": "Be brief"}')
     mx.save_safetensors(str(file), arrays, metadata={**about, "date": "04 Mar"})
     with pytest.raises(UserError, match="no score head"):
         locate_model("", tmp_path / "student") if adapter else open_student(ref)
@@ -147,11 +154,16 @@ def test_a_head_that_is_not_this_models_is_refused(run, tmp_path):
     for name, value in (
         *(("score_at", "nowhere"), ("max_tokens", "none"), ("max_tokens", "0")),
         *(("repetition_penalty", "0"), ("repetition_penalty", "nan"), ("score_at", "")),
+        *(("template_kwargs", "{"), ("template_kwargs", "[]")),
     ):
         refused("is no score head", **{name: value})
     mx.save_safetensors(str(file), arrays, metadata={**about, "between": " and then "})
     # Of other prompts than it learned on it says nothing.
-    assert open_student(folder).judge([(PROBLEM, ANSWER)], max_tokens=8)[0].head_score is None
+    judge = open_student(folder)
+    assert judge.judge([(PROBLEM, ANSWER)], max_tokens=8)[0].head_score is None
+    assert "learned on other prompts" in judge.left_out
+    asked = ("--problem", PROBLEM, "--answer", ANSWER, "--tokens", "8")
+    assert "its score head learned on other prompts" in ran("feedback", folder, *asked).stderr
     file.write_bytes(b"")
     with pytest.raises(UserError, match="score_head"):
         open_student(folder)

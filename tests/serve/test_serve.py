@@ -443,9 +443,13 @@ def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(tmp_pat
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(("--host", "0.0.0.0"), "set an API key"), (("--api-key-file", "short"), "at least 16")],
+    [
+        (("--host", "0.0.0.0"), "set an API key"),
+        (("--api-key-file", "short"), "at least 16"),
+        (("--keep-most", "5"), "no effect without --keep"),
+    ],
 )
-def test_another_host_needs_a_key_that_cannot_be_guessed(tmp_path, monkeypatch, options, says):
+def test_options_that_would_not_do_what_they_seem_to_are_refused(tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLX_FD_API_KEY", raising=False)
     (tmp_path / "short").write_text("abc\n")
