@@ -449,7 +449,9 @@ def test_a_full_server_says_when_to_come_again_and_a_term_lets_it_finish(tmp_pat
         (("--keep-most", "5"), "no effect without --keep"),
     ],
 )
-def test_options_that_would_not_do_what_they_seem_to_are_refused(tmp_path, monkeypatch, options, says):
+def test_options_that_would_do_other_than_they_seem_are_refused(
+    tmp_path, monkeypatch, options, says
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLX_FD_API_KEY", raising=False)
     (tmp_path / "short").write_text("abc\n")
