@@ -168,6 +168,9 @@ def marked(problem: str, attempt: Attempt, heard: Heard) -> Marked:
         attempt: the learner's.
         heard: what the models said.
     """
+    if not attempt.final and heard.agrees is False:
+        # What was compared is the last number of an attempt that may go on.
+        heard = replace(heard, agrees=None)
     steps, first = len(attempt.steps), first_error(heard.text)
     state = _state(first, heard)
     marks: tuple[Mark, ...] = tuple(_mark(number, first) for number in range(1, steps + 1))

@@ -92,6 +92,19 @@ def test_signs_that_contradict_each_other_are_no_verdict(first, score, agrees, s
 
 
 @pytest.mark.parametrize(
+    ("final", "mark", "state"), [("", "open", "right"), ("5", "wrong", "unsure")]
+)
+def test_an_attempt_that_states_no_answer_yet_has_none_that_is_wrong(final, mark, state):
+    attempt = Attempt(("2+3=5",), final)
+    answer = write_attempt(attempt, step_writer(""))
+    asked = as_asked("Tom has 2 and gets 3, twice. How many?", "number")
+    agrees = agreement(asked, answer, "10")
+    assert agrees is False
+    seen = marked(asked.question, attempt, Heard("Every step is right.", 0.9, "10", agrees))
+    assert (seen.final, seen.state) == (mark, state)
+
+
+@pytest.mark.parametrize(
     ("kind", "problem", "answer", "own", "agrees"),
     [
         ("number", "P", "Step 1: x\n#### 8.50", "17/2", True),
