@@ -7,3 +7,6 @@ set(LLAMA_BUILD_COMMON OFF)
 # The models of the tests are tiny: they take no time, and a full optimisation does.
 string(REPLACE "-O3" "-O1" CMAKE_C_FLAGS_RELEASE "${CMAKE_C_FLAGS_RELEASE}")
 string(REPLACE "-O3" "-O1" CMAKE_CXX_FLAGS_RELEASE "${CMAKE_CXX_FLAGS_RELEASE}")
+# Faster products of matrices, of which the tests' are small: two files that take long to compile.
+set(GGML_LLAMAFILE OFF)
+set(GGML_CPU_REPACK OFF)

@@ -17,6 +17,7 @@ from mlx_fd.report import comparison_page
 from mlx_fd.report.page import make_page, write_page
 from mlx_fd.report.reading import read_runs
 from support import reported
+from support.draws import by_day
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -222,7 +223,7 @@ CUT = """[...document.querySelectorAll('.chart svg text')].filter(text => {
 }).map(text => text.textContent)"""
 
 
-@pytest.mark.parametrize("name", ["one", "both", "attempts", "methods", "hostile", "harm"])
+@pytest.mark.parametrize("name", by_day(["one", "attempts", "both", "hostile", "methods", "harm"]))
 def test_legends_are_whole_and_seen(shared, name):
     """In both themes, on a phone, and when a window becomes as narrow as one."""
     page = shared(name, phone=True)
@@ -263,14 +264,16 @@ EDGES = """image => new Promise(resume => {
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [
-        ("one", 390),
-        ("both", 800),
-        ("attempts", 390),
-        ("hostile-comparison", 390),
-        ("advantage", 390),
-        ("advantage", 800),
-    ],
+    by_day(
+        [
+            ("one", 390),
+            ("attempts", 390),
+            ("hostile-comparison", 390),
+            ("advantage", 390),
+            ("both", 800),
+            ("advantage", 800),
+        ]
+    ),
 )
 def test_a_table_that_goes_on_shows_it_and_can_be_scrolled_by_keyboard(
     opened, browser, name, width

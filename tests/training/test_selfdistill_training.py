@@ -221,7 +221,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("method", by_day(METHODS))
+@pytest.mark.parametrize("method", by_day(METHODS, 3))
 def test_each_method_trains_and_resumes_exactly(method, tmp_path):
     events = []
     folder, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -357,13 +357,15 @@ def test_a_context_that_does_not_help_is_said_before_training(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "starts"),
-    [
-        pytest.param({"checkpoint_every": 1}, 1, id="before a checkpoint"),
-        pytest.param({"self_teacher": "ema"}, 1, id="in the next batch"),
-        pytest.param({"kd_steps": 2}, 1, id="in a batch"),
-        # A resume ends as the run did.
-        pytest.param({"episodes": 1}, 2, id="at the end"),
-    ],
+    by_day(
+        [
+            pytest.param({"checkpoint_every": 1}, 1, id="before a checkpoint"),
+            pytest.param({"kd_steps": 2}, 1, id="in a batch"),
+            # A resume ends as the run did.
+            pytest.param({"episodes": 1}, 2, id="at the end"),
+            pytest.param({"self_teacher": "ema"}, 1, id="in the next batch"),
+        ]
+    ),
 )
 def test_a_student_that_diverges_ends_the_run_with_a_message(tmp_path, options, starts):
     small = {"episodes": 2, "batch_size": 1, "probe_size": 1, "max_answer_tokens": 8}
