@@ -63,9 +63,15 @@ def keep(scores: Sequence[float], right: Sequence[bool], risk: float) -> Kept | 
         return None
     level = level_of(len(scores), risk)
     for threshold, wrong, count in reversed(ends):
-        if binomial_tail(wrong, count, risk) <= level:
+        if _so_few(wrong, count, risk, level):
             return Kept(threshold, wrong, count, level)
     return None
+
+
+def _so_few(wrong: int, count: int, risk: float, level: float) -> bool:
+    """Whether at most so many wrong ones are less likely than a level below a half."""
+    # No count from the mean on has a tail below a half: most need no sum.
+    return wrong < risk * count and binomial_tail(wrong, count, risk) <= level
 
 
 def _ends(scores: Sequence[float], right: Sequence[bool]) -> list[tuple[float, int, int]]:
@@ -157,7 +163,7 @@ def problems_needed(scores: Sequence[float], right: Sequence[bool], risk: float)
     ends = [(wrong, of) for _, wrong, of in _ends(scores, right) if of >= _FEWEST]
 
     def do(times: int, level: float) -> bool:
-        return any(binomial_tail(wrong * times, of * times, risk) <= level for wrong, of in ends)
+        return any(_so_few(wrong * times, of * times, risk, level) for wrong, of in ends)
 
     now = level_of(n, risk)
     # The level falls as problems become more; that of many takes a while.
