@@ -82,6 +82,26 @@ def unlearned(target: Target, found: Sequence[Problem]) -> list[Problem]:
     return [problem for problem in found if question_digest(problem.question) not in learned]
 
 
+def distinct(found: Sequence[Problem]) -> list[Problem]:
+    """The first problem of each question: one that comes again tells nothing new."""
+    firsts: dict[str, Problem] = {}
+    for problem in found:
+        firsts.setdefault(question_key(problem.question), problem)
+    return list(firsts.values())
+
+
+def repeated(source: str, split: str, found: Sequence[Problem]) -> list[str]:
+    """What there is to say of problems some of which are asked again; arguments as below."""
+    again = len(found) - len(distinct(found))
+    if not again:
+        return []
+    return [
+        f"{source} ({split}): {again} of these {len(found)} problems repeat the question of an "
+        "earlier one; intervals take all for different problems and are too narrow: leave the "
+        "repeated ones out"
+    ]
+
+
 def learned_elsewhere(
     target: Target, source: str, split: str, found: Sequence[Problem]
 ) -> list[str]:

@@ -201,7 +201,8 @@ def _solving(
         warn(text)
     name = Path(source).stem if found.name == source and "/" in source else found.name
     items = without_shots(fits.problems, shots)[: options.most_items]
-    for text in held_out.learned_elsewhere(target, source, split, items):
+    about = held_out.learned_elsewhere(target, source, split, items)
+    for text in (*about, *held_out.repeated(source, split, items)):
         warn(text)
     return Solving(
         name=f"{name}/{split}",

@@ -130,23 +130,28 @@ def test_questions_of_other_files_that_were_learned_from_are_counted(chain, tmp_
     call("eval", run, "--problems", some, "--limit", "2", "--quiet", "--out", tmp_path / "two")
     said = capfd.readouterr()
     assert "learned from 1 of these 2 problems" in " ".join((said.out + said.err).split())
-    other = mixed(tmp_path / "other.jsonl", 100, 101)
+    other = mixed(tmp_path / "other.jsonl", 100, 101, 100)
     call("eval", run, "--problems", other, "--quiet", "--out", tmp_path / "other")
     said = capfd.readouterr()
     assert "learned from" not in said.out + said.err
+    text = " ".join((said.out + said.err).split())
+    assert f"{other} (test): 1 of these 3 problems repeat the question of an earlier one" in text
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_cascade_leaves_them_out(chain, tmp_path, capfd):
     run, _ = chain
-    some = mixed(tmp_path / "some.jsonl", 0, 100, 2, 101, 11)
+    # One question, however often it is asked, is one draw of those that a promise is about.
+    some = mixed(tmp_path / "some.jsonl", 0, 100, 2, 101, 11, 100, 101, 100)
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     call("cascade", "calibrate", copy, "--cost", "0.9", "--problems", some)
     said = capfd.readouterr()
     text = " ".join((said.out + said.err).split())
-    assert f"{some} (test): 3 of 5 problems are left out, which the run learned from" in text
-    asked = json.loads((copy / "cascade.json").read_text())["questions"]
-    assert asked == [question_digest(f"{n} + 1?") for n in (100, 101)]
+    assert f"{some} (test): 3 of 8 problems are left out, which the run learned from" in text
+    assert "3 of 5 problems are left out, which repeat the question of an earlier one" in text
+    found = json.loads((copy / "cascade.json").read_text())
+    assert found["questions"] == [question_digest(f"{n} + 1?") for n in (100, 101)]
+    assert found["calibration"]["n"] == found["promise"]["of"] == 2
     known = mixed(tmp_path / "known.jsonl", 1, 12)
     with pytest.raises(UserError, match="the run learned from all 2 problems"):
         call("cascade", "calibrate", copy, "--cost", "0.9", "--problems", known)

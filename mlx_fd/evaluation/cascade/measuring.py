@@ -13,7 +13,7 @@ from mlx_fd.evaluation.cascade import choice, confidence, curve, file
 from mlx_fd.evaluation.cascade.outcome import Outcome
 from mlx_fd.evaluation.cascade.outcomes import outcomes
 from mlx_fd.evaluation.cascade.scores import SCORES, Score
-from mlx_fd.evaluation.held_out import concerns, learned_from, source_of, unlearned
+from mlx_fd.evaluation.held_out import concerns, distinct, learned_from, source_of, unlearned
 from mlx_fd.evaluation.measures import Measure
 from mlx_fd.evaluation.target import Target
 from mlx_fd.feedback.judge import locate_model
@@ -140,6 +140,14 @@ def _problems(
             f"{source} ({held.split}): the run learned from all {len(found.problems)} problems; "
             "name other --problems"
         )
+    different = distinct(new)
+    if len(different) < len(new):
+        # A promise counts problems as independent draws, which these are not.
+        warn(
+            f"{source} ({held.split}): {len(new) - len(different)} of {len(new)} problems are left "
+            "out, which repeat the question of an earlier one"
+        )
+        new = different
     used = set(used)
     left = [problem for problem in new if question_digest(problem.question) not in used]
     chosen = tuple(left[: held.limit])
