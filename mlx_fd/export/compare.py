@@ -209,12 +209,25 @@ def plan(
                 f"--engine {name}: nothing in {', '.join(map(str, folders))} has {opens}"
             )
         jobs.extend(openable)
-    if not jobs:
-        raise UserError(
-            f"{', '.join(map(str, folders))}: neither config.json nor a .gguf file to open; an "
-            "adapter alone is no model: export it fused"
-        )
+    opened_by_some = {job.folder for job in jobs}
+    for folder in bundles:
+        # Of one that is left out nobody would know that it was not compared.
+        if folder not in opened_by_some:
+            raise UserError(_unopened(folder, names.get(folder, str(folder)), engines))
     return jobs
+
+
+def _unopened(folder: Path, name: str, engines: Sequence[str]) -> str:
+    """Why no engine takes an export."""
+    if any(_targets(engine, "", folder) for engine in ENGINES if engine != _ADDRESS):
+        return (
+            f"{name}: none of --engine {', '.join(map(without_secrets, engines))} opens it; name "
+            "one that does, or none"
+        )
+    return (
+        f"{name}: neither config.json nor a .gguf file to open; an adapter alone is no model: "
+        "export it fused"
+    )
 
 
 def _as_request(job: Job, problems_to_solve: Sequence[Problem | Item]) -> str:

@@ -18,9 +18,10 @@ import pytest
 from rich.console import Console
 
 from mlx_fd.cli.terminal.comparison import print_comparison
+from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import FOLDER, make_bundle, write_bundle
 from mlx_fd.export.bundle_reading import read_bundle
-from mlx_fd.export.compare import Job, judged, run
+from mlx_fd.export.compare import Job, judged, plan, run
 from mlx_fd.models.loading import load
 from mlx_fd.problems import load as load_problems
 from mlx_fd.report.comparison_page import page
@@ -246,6 +247,13 @@ def test_what_the_user_got_wrong_is_said(exports, export, tmp_path):
         (mlx / FOLDER / "bundle.json",): ["is not a tar file"],
     }.items():
         failed(shell("compare", *arguments, cwd=tmp_path), *texts)
+    # One of two was left out without a word, and both were said to be the same model.
+    with pytest.raises(UserError, match=r"gguf: none of --engine mlx opens it"):
+        plan([mlx, exports / "gguf"], ["mlx"])
+    (export / "config.json").unlink()
+    adapter = shell("compare", mlx, export, cwd=tmp_path)
+    failed(adapter, f"{export}: neither config.json nor a .gguf file", "an adapter alone is no")
+    assert [job.engine for job in plan([mlx, exports / "gguf"], [])] == ["mlx", "llama.cpp"]
     shutil.rmtree(export / FOLDER)
     failed(shell("compare", export, cwd=tmp_path), "bundle.json is missing: name a directory made")
 
