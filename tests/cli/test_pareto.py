@@ -17,6 +17,7 @@ import pytest
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from mlx_fd import cli, runs
+from mlx_fd.cli.terminal.frontier import summary
 from mlx_fd.config import read
 from mlx_fd.evaluation.exam import exam_questions
 from mlx_fd.evaluation.pareto.exam import CHOOSING
@@ -208,6 +209,11 @@ def test_the_table_fits_into_a_terminal(always, found):
     assert f"stop_threshold = {found['knee']:g}" in done.out
     quiet = mlx_fd("pareto", always, "--quiet").out
     assert f"stop_threshold = {found['knee']:g}" in quiet and len(quiet) < len(done.out)
+    # Of problems without right answers: it ended in an internal error.
+    assert f"right: correct final answers up to there, with 95 % intervals; n = {EPISODES}" in quiet
+    points = [{**point, "metrics": {}, "estimates": {}} for point in found["points"]]
+    ungraded = summary({**found, "points": points})
+    assert "right" not in ungraded and f"stop_threshold = {found['knee']:g}" in ungraded
 
 
 def test_it_needs_no_mlx(copy):

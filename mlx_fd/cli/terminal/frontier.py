@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_fd.cli.terminal.layout import FittingTable
 from mlx_fd.evaluation.pareto.choice import recommended
-from mlx_fd.evaluation.pareto.names import COSTS, METRICS, remarks_on
+from mlx_fd.evaluation.pareto.names import ACCURACY, COSTS, METRICS, remarks_on
 from mlx_fd.runs.records.pareto import ParetoFile
 
 
@@ -63,6 +63,17 @@ def _real(real: Mapping[str, Any]) -> str:
     )
 
 
+def _about_right(found: ParetoFile) -> str:
+    """What the column of right answers is; nobody may know which answers are."""
+    right = found["points"][-1]["estimates"].get(ACCURACY)
+    if right is None:
+        return ""
+    return (
+        " right: correct final answers up to there, with 95 % intervals; n = "
+        f"{right['n']} in the last row."
+    )
+
+
 def summary(found: ParetoFile) -> str:
     """What the table's words mean, and the recommendation."""
     point = recommended(found)
@@ -72,9 +83,7 @@ def summary(found: ParetoFile) -> str:
     name = found["objectives"][0]
     share = point["cost"][name] / whole[name] if whole[name] else 1.0
     return (
-        "expert: tokens of its feedbacks. Held-out losses at the stop. right: correct final "
-        "answers up to there, with 95 % intervals; n = "
-        f"{found['points'][-1]['estimates']['final_accuracy']['n']} in the last row.\n"
+        f"expert: tokens of its feedbacks. Held-out losses at the stop.{_about_right(found)}\n"
         "best: the recommendation. product: the published rule, minimum cost x mean loss.\n"
         f"recommended: stop_threshold = {point['stop_threshold']:g} (the same from {low:.3g} to "
         f"{high:.3g}): "
