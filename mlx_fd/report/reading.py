@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ class Frontier(TypedDict):
         hypervolume: of the frontier.
         knee: threshold at its knee.
         product_rule: threshold by the product rule.
+        batches: of the run, when it was made; ``None``: it does not say.
+        notes: what there is to know of the recommendation.
     """
 
     objectives: list[str]
@@ -98,6 +101,8 @@ class Frontier(TypedDict):
     hypervolume: float | None
     knee: float | None
     product_rule: float | None
+    batches: int | None
+    notes: list[str]
 
 
 class CascadeShown(TypedDict):
@@ -209,6 +214,11 @@ def _read(folder: Path, name: str) -> LoopRun:
     if "exam" not in totals and finished:
         missing.append(f"There was no examination: {_why_no_exam(manifest)}.")
     pareto = json_file(folder, _PARETO, _pareto, missing, needed=False)
+    if pareto and (pareto["batches"] or len(metrics)) < len(metrics):
+        missing.append(
+            f"{_PARETO} is of the first {pareto['batches']} of the {len(metrics)} batches; make it "
+            f"again: mlx-fd pareto {shlex.quote(str(folder))}."
+        )
     warm_up = None
     if (folder / runs.WARM_UP).is_dir():
         warm_up = read_self_run(folder / runs.WARM_UP, name)
@@ -435,6 +445,8 @@ def _pareto(value: JsonObject) -> Frontier:
         "hypervolume": known(value.get("hypervolume")),
         "knee": known(value.get("knee")),
         "product_rule": known(value.get("product_rule")),
+        "batches": whole_or_none(value.get("batches")),
+        "notes": [text(note) for note in value.get("notes") or ()],
     }
 
 

@@ -389,6 +389,17 @@ def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
     page = " ".join(parsed(make_page([run])).text)
     assert "Hypervolume of the frontier: 0.61" in page
     assert "gsm8k/test: n = 100" in page
+    assert "Note:" not in page
+    # Made before the run went on.
+    early = {**reported.pareto(folder), "batches": 2, "notes": ["the run has not ended"]}
+    write_json(folder / "pareto.json", early)
+    (run,) = read_runs([folder])
+    assert run.missing == [
+        f"pareto.json is of the first 2 of the {len(run.metrics)} batches; make it again: mlx-fd "
+        f"pareto {folder}."
+    ]
+    page = " ".join(parsed(make_page([run])).text)
+    assert "Note: the run has not ended." in page
 
 
 @pytest.mark.parametrize(
