@@ -214,6 +214,12 @@ def test_the_table_fits_into_a_terminal(always, found):
     points = [{**point, "metrics": {}, "estimates": {}} for point in found["points"]]
     ungraded = summary({**found, "points": points})
     assert "right" not in ungraded and f"stop_threshold = {found['knee']:g}" in ungraded
+    # Where every threshold stops before the end, the last stop was taken for the whole run.
+    assert found["whole"] == found["points"][-1]["cost"]
+    (best,) = (point for point in found["points"] if point["recommended"])
+    share = best["cost"]["expert_tokens"] / found["whole"]["expert_tokens"]
+    stopping = summary({**found, "points": found["points"][:-1]})
+    assert f"{share:.0%} of the expert's feedback tokens of the whole run" in stopping
 
 
 def test_it_needs_no_mlx(copy):

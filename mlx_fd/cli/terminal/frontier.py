@@ -79,7 +79,7 @@ def summary(found: ParetoFile) -> str:
     point = recommended(found)
     low, high = point["thresholds"]
     stopped = point["stopped_after_batch"]
-    whole = found["points"][-1]["cost"]
+    whole = found["whole"]
     name = found["objectives"][0]
     share = point["cost"][name] / whole[name] if whole[name] else 1.0
     return (

@@ -64,7 +64,8 @@ def judge(
         points: its stops, as :func:`mlx_fd.evaluation.pareto.points.points_of` gives them.
         objectives: names of the objectives, the cost first.
     """
-    worst = {**cost_of(curve.batches), **curve.first}
+    whole = cost_of(curve.batches)
+    worst = {**whole, **curve.first}
 
     def share(point: Point, name: str) -> float:
         """What remains of an objective: of the whole cost, of a loss at the start, of 1."""
@@ -99,6 +100,7 @@ def judge(
         "finished": curve.finished,
         "objectives": list(objectives),
         "start": {"losses": curve.first},
+        "whole": whole,
         "points": [
             {
                 "stop_threshold": point.outcome.stop_threshold,

@@ -77,6 +77,7 @@ class ParetoFile(TypedDict):
         finished: whether the run came to its end.
         objectives: names, the cost first.
         start: the student before the first update.
+        whole: cost of all batches, by name; the last stop may come before their end.
         points: every distinct stop.
         hypervolume: of the frontier.
         reference: the reference point, as a share of each objective's worst.
@@ -91,6 +92,7 @@ class ParetoFile(TypedDict):
     finished: bool
     objectives: list[str]
     start: ParetoStartRow
+    whole: dict[str, float]
     points: list[ParetoPointRow]
     hypervolume: float | None
     reference: float
