@@ -374,6 +374,11 @@ def test_an_evaluation_leaves_out_the_calibrations_questions_whatever_their_ids(
     assert "left out, since the threshold was set on them: 28" in capsys.readouterr().out
     with pytest.raises(UserError, match="the calibration has used all 28 problems"):
         call("eval", copied, "--problems", str(calibrated))
+    # To calibrate again was all the advice, which loses the calibration with the other expert.
+    with pytest.raises(
+        UserError, match=r"not hold for tiny-hard: .* another expert, tiny; add --expert tiny, or"
+    ):
+        call("eval", copied, "--expert", "tiny-hard")
     # A calibration of before knew ids alone, which tell nothing.
     older = {key: value for key, value in file.read(copied).items() if key != "questions"}
     file.write(copied, older)

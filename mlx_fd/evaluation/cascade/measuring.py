@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import shlex
 from collections.abc import Callable, Collection, Sequence
 
 from mlx_fd import problems as sources
@@ -106,9 +107,16 @@ def evaluate(
             "the questions that are to be left out here; calibrate again (no answer is generated "
             "anew)"
         )
-    if why := file.why_other(calibrated, locate_model(target.name), target.expert):
+    ref = locate_model(target.name)
+    if why := file.why_other(calibrated, ref, None):
         raise UserError(
             f"{target.name}: its calibration does not hold any more: {why}; calibrate again"
+        )
+    if why := file.why_other(calibrated, ref, target.expert):
+        made_with = shlex.quote(calibrated["models"]["expert"]["name"])
+        raise UserError(
+            f"{target.name}: its calibration does not hold for {target.config.models.expert}: "
+            f"{why}; add --expert {made_with}, or calibrate again"
         )
     found, chosen, left_out = _problems(target, held, calibrated["questions"], warn)
     made = outcomes(bench, chosen, SCORES[calibrated["score"]], on_progress)
