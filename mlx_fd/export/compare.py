@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from mlx_fd.export.bundle import Bundle, Item
 from mlx_fd.export.bundle_reading import read_bundle
 from mlx_fd.export.engines import ENGINES
 from mlx_fd.export.engines.address import parse_address, without_secrets
-from mlx_fd.files import clear_unfinished, working_folder
+from mlx_fd.files import clear_unfinished, failed_write, working_folder
 from mlx_fd.problems import Problem
 
 WEIGHTS = ("auto", "float", "quantized")
@@ -130,7 +131,7 @@ def opened(export: Path) -> Iterator[Path]:
         yield export
     elif export.is_file():
         clear_unfinished(export.parent)
-        with working_folder(export.parent) as scratch:
+        with _scratch(export) as scratch:
             folder = open_archive(export, scratch / export.stem)
             try:
                 yield folder
@@ -138,6 +139,20 @@ def opened(export: Path) -> Iterator[Path]:
                 raise UserError(_named(str(error), folder, str(export))) from error
     else:
         raise UserError(f"{export}: there is no such directory or archive")
+
+
+@contextlib.contextmanager
+def _scratch(export: Path) -> Iterator[Path]:
+    """A folder beside an archive, to unpack it in."""
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(working_folder(export.parent))
+        except OSError as error:
+            raise UserError(
+                f"{export}: it cannot be unpacked beside itself ({failed_write(error)}); unpack it "
+                f"elsewhere (tar -xf {shlex.quote(str(export))} -C DIR) and name its folder there"
+            ) from error
+        yield scratch
 
 
 def questions(

@@ -21,7 +21,7 @@ from mlx_fd.cli.terminal.comparison import print_comparison
 from mlx_fd.errors import UserError
 from mlx_fd.export.bundle import FOLDER, make_bundle, write_bundle
 from mlx_fd.export.bundle_reading import read_bundle
-from mlx_fd.export.compare import Job, judged, plan, run
+from mlx_fd.export.compare import Job, judged, opened, plan, run
 from mlx_fd.models.loading import load
 from mlx_fd.problems import load as load_problems
 from mlx_fd.report.comparison_page import page
@@ -293,6 +293,21 @@ def test_what_is_wrong_in_an_archive_names_the_archive(exports, tmp_path):
     done = shell("compare", "bare.tar", cwd=tmp_path)
     failed(done, "bare.tar/parity/bundle.json is missing")
     assert ".tmp-" not in done.err
+
+
+def test_where_an_archive_cannot_be_unpacked(tmp_path):
+    """A folder where nothing can be made, whoever tries: it named a temporary folder alone."""
+    longest = os.pathconf(tmp_path, "PC_PATH_MAX")
+    folder = tmp_path
+    while (left := longest - len(str(folder)) - len("/a.tar") - 2) > 1:
+        folder /= "a" * min(left, 200)
+    folder.mkdir(parents=True)
+    (folder / "a.tar").touch()
+    with (
+        pytest.raises(UserError, match=r"a\.tar: it cannot be unpacked beside .* elsewhere"),
+        opened(folder / "a.tar"),
+    ):
+        pass
 
 
 def test_an_unsafe_archive_is_refused(tmp_path):
