@@ -112,11 +112,13 @@ class CascadeShown(TypedDict):
         promised: the promise in words.
         measured: on the evaluation's problems; before one, on the calibration's.
         held_out: whether it is the evaluation's.
+        checkpoint: folder name of the student that was calibrated.
     """
 
     promised: str
     measured: CascadeMeasuredRow
     held_out: bool
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,13 @@ def _read(folder: Path, name: str) -> LoopRun:
         warm_up = read_self_run(folder / runs.WARM_UP, name)
         missing += [f"Warm-up: {said}" for said in warm_up.missing]
     cascade = json_file(folder, _CASCADE, _cascade, missing, needed=False)
+    best = (folder / runs.CHECKPOINTS / "best").resolve().name
+    # In a copy that followed links it is a folder, which does not say whose weights it has.
+    if cascade and best.isdigit() and cascade["checkpoint"] != best:
+        missing.append(
+            f"{_CASCADE} is of checkpoint {cascade['checkpoint']}, and the student is that of "
+            f"{best} now: its promise does not hold any more; calibrate again."
+        )
     return LoopRun(
         name=name,
         folder=folder,
@@ -462,6 +471,7 @@ def _cascade(value: JsonObject) -> CascadeShown:
         ),
         "measured": _cascade_measured(evaluation or value["calibration"]),
         "held_out": evaluation is not None,
+        "checkpoint": Path(text(value["models"]["adapter"]["name"])).name,
     }
 
 

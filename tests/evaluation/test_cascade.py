@@ -334,6 +334,17 @@ def test_a_calibration_says_what_answers_were_scored_by(run, tmp_path, capsys):
         call("eval", other)
     call("calibrate", other, "--cost", "0.9", "--limit", "24")
     assert file.read(other)["format"] == 2
+    # Another student's promise was shown as the run's.
+    assert not any("cascade.json" in said for said in read_runs([other])[0].missing)
+    best = other / "checkpoints" / "best"
+    calibrated = best.resolve().name
+    shutil.copytree(best, other / "checkpoints" / "000099")
+    best.unlink()
+    best.symlink_to("000099")
+    assert any(
+        f"cascade.json is of checkpoint {calibrated}, and the student is that of 000099" in said
+        for said in read_runs([other])[0].missing
+    )
 
 
 def written(path, questions, answers, **columns):
