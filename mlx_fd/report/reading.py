@@ -31,6 +31,7 @@ from mlx_fd.report.files import (
 from mlx_fd.report.run import (
     KnownTotals,
     Run,
+    best_checkpoint,
     estimate,
     is_finished,
     metric,
@@ -226,9 +227,8 @@ def _read(folder: Path, name: str) -> LoopRun:
         warm_up = read_self_run(folder / runs.WARM_UP, name)
         missing += [f"Warm-up: {said}" for said in warm_up.missing]
     cascade = json_file(folder, _CASCADE, _cascade, missing, needed=False)
-    best = (folder / runs.CHECKPOINTS / "best").resolve().name
-    # In a copy that followed links it is a folder, which does not say whose weights it has.
-    if cascade and best.isdigit() and cascade["checkpoint"] != best:
+    best = best_checkpoint(folder)
+    if cascade and best and cascade["checkpoint"] != best:
         missing.append(
             f"{_CASCADE} is of checkpoint {cascade['checkpoint']}, and the student is that of "
             f"{best} now: its promise does not hold any more; calibrate again."

@@ -55,11 +55,29 @@ def read_manifest(folder: Path, missing: list[str]) -> JsonObject:
 
 def read_evaluations(folder: Path, missing: list[str]) -> list[JsonObject]:
     """What ``mlx-fd eval`` left in a run."""
-    return [
+    evaluations = [
         {**found, "folder": path.parent.name}
         for path in sorted((folder / _EVAL).glob(f"*/{_EVAL_FILE}"))
         if (found := json_file(folder, str(path.relative_to(folder)), _evaluation, missing))
     ]
+    best = best_checkpoint(folder)
+    for found in evaluations:
+        # One that was named stands in the folder's name.
+        if best and found["checkpoint"] not in ("", best, *found["folder"].split("-")):
+            missing.append(
+                f"{_EVAL}/{found['folder']} is of checkpoint {found['checkpoint']}, and the "
+                f"student is that of {best} now: evaluate it again."
+            )
+    return evaluations
+
+
+def best_checkpoint(folder: Path) -> str:
+    """Folder name of a run's best checkpoint; empty where that cannot be told.
+
+    In a copy that followed links ``best`` is a folder, which does not say whose weights it has.
+    """
+    name = (folder / runs.CHECKPOINTS / "best").resolve().name
+    return name if name.isdigit() else ""
 
 
 def is_finished(folder: Path, rows: int, called: str, missing: list[str]) -> bool:
@@ -184,6 +202,7 @@ def _evaluation(value: JsonObject) -> JsonObject:
         "suite": text(value["suite"]),
         "target": text(value["target"]),
         "created": text(value["created"]),
+        "checkpoint": Path(text((value["models"].get("adapter") or {}).get("name", ""))).name,
         "seed": value.get("seed"),
         "k": value.get("k"),
         "temperature": numbers(value.get("temperature") or {}),

@@ -400,6 +400,20 @@ def test_a_pareto_frontier_and_an_evaluation_are_shown(tmp_path):
     ]
     page = " ".join(parsed(make_page([run])).text)
     assert "Note: the run has not ended." in page
+    # One of the student as it was, and one of a checkpoint that was named.
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "best").unlink(missing_ok=True)
+    (folder / "checkpoints" / "best").symlink_to("000006")
+    for name, checkpoint in (("fast", "000002"), ("full-2", "000006"), ("fast-000002", "000002")):
+        known = reported.evaluation()
+        known["models"]["adapter"] = {"name": f"elsewhere/checkpoints/{checkpoint}"}
+        (folder / "eval" / name).mkdir(exist_ok=True)
+        write_json(folder / "eval" / name / "eval.json", known)
+    (run,) = read_runs([folder])
+    assert run.missing[1:] == [
+        "eval/fast is of checkpoint 000002, and the student is that of 000006 now: evaluate it "
+        "again."
+    ]
 
 
 @pytest.mark.parametrize(
