@@ -171,8 +171,8 @@ def test_a_whole_export_has_the_trained_template(run: Path, tmp_path: Path, form
         tokenize=False,
         style="Be brief",
     ) == PROMPT.replace("28 November 2026", today)
-    # Here it is the day of the training, which stands beside the score head.
-    assert prompt(done.folder).startswith("<|im_start|>Today is 28 November 2026. <|im_start|>user")
+    # Here it is the day of the training, which stands beside the score head, as do the variables.
+    assert prompt(done.folder) == PROMPT
     card = (done.folder / "README.md").read_text()
     assert '--chat-template-config \'{"style": "Be brief"}\'' in card
     assert "prints the date; here it was 2026-11-28" in card
