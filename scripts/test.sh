@@ -19,11 +19,10 @@ fi
 # One process's work of a minute, and nothing waits for it: types are checked beside the tests.
 .venv/bin/mypy >.venv/types.log 2>&1 &
 types=$!
-# Each worker takes a part of the tests, file after file, and who is through takes half of another's
-# rest: a fixture of a file is made once, and no worker waits for a long file at the end. Tests wait
-# for a quarter of their time (for processes, deadlines, pages): three workers keep two cores busy.
+# Each worker takes half of the tests, file after file, and who is through takes half of the other's
+# rest: a fixture of a file is made once, and no worker waits for a long file at the end.
 status=0
-.venv/bin/python -m pytest -n 3 --dist worksteal --durations 12 "$@" || status=$?
+.venv/bin/python -m pytest -n 2 --dist worksteal --durations 12 "$@" || status=$?
 wait "$types" || status=1
 cat .venv/types.log
 exit "$status"
