@@ -493,9 +493,9 @@ def with_head(ref: ModelRef, loaded: Loaded) -> Judge:
         UserError: the head is another model's.
     """
     head = ref.head if ref.scores else None
-    kind = None if head is None else kind_of_answers(head, loaded)
     if head is None:
         return Judge(dataclasses.replace(ref, head=None), loaded, None)
+    kind = kind_of_answers(head, loaded)
     if kind is None:
         why = (
             f"{ref.adapter or ref.model}: its score head learned on other prompts than this chat "

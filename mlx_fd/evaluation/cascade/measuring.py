@@ -108,11 +108,11 @@ def evaluate(
             "anew)"
         )
     ref = locate_model(target.name)
-    if why := file.why_other(calibrated, ref, None):
-        raise UserError(
-            f"{target.name}: its calibration does not hold any more: {why}; calibrate again"
-        )
     if why := file.why_other(calibrated, ref, target.expert):
+        if file.why_other(calibrated, ref, None):
+            raise UserError(
+                f"{target.name}: its calibration does not hold any more: {why}; calibrate again"
+            )
         made_with = shlex.quote(calibrated["models"]["expert"]["name"])
         raise UserError(
             f"{target.name}: its calibration does not hold for {target.config.models.expert}: "
